@@ -1,0 +1,261 @@
+//! The pod: its settings, and its containers by id.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use protocol::agent::{ConfigureSandboxRequest, CreateContainerRequest, GuestInfoResponse};
+use rustix::fs::{CWD, OFlags, open};
+use rustix::io::Errno;
+use tokio::sync::Notify;
+
+use crate::clock;
+use crate::container::child::Step;
+use crate::container::mount::{self, FileSystem};
+use crate::container::{Container, Engine, check_id, sysctl};
+use crate::error::Error;
+use crate::events::Listener;
+
+/// Where containers that share the pod's /dev/shm find it in the guest.
+const SHARED_MEMORY: &str = "/dev/shm";
+
+/// The pod.
+pub struct Sandbox {
+    engine: Arc<Engine>,
+    /// Events of all containers.
+    pub events: Listener,
+    containers: Mutex<HashMap<String, Slot>>,
+    configured: AtomicBool,
+    /// Told when the host wants the guest to end.
+    pub ending: Notify,
+    times: Times,
+}
+
+/// Microseconds since the kernel's start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// When main began.
+    pub main_us: u64,
+    /// When Hello had been sent.
+    pub hello_us: u64,
+}
+
+/// An id is taken from the beginning of creation to the end of deletion.
+enum Slot {
+    Creating,
+    Ready(Arc<Container>),
+    Deleting,
+}
+
+impl Sandbox {
+    /// An empty pod.
+    #[must_use]
+    pub fn new(engine: Arc<Engine>, events: Listener, times: Times) -> Self {
+        Self {
+            engine,
+            events,
+            containers: Mutex::default(),
+            configured: AtomicBool::new(false),
+            ending: Notify::new(),
+            times,
+        }
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Applies the pod's settings, once.
+    ///
+    /// # Errors
+    /// [`Error::State`] the second time, others with the setting.
+    pub fn configure(&self, request: &ConfigureSandboxRequest) -> Result<(), Error> {
+        if self.configured.swap(true, Ordering::SeqCst) {
+            return Err(Error::State("the guest is already configured".into()));
+        }
+        let kernel = |what: &'static str| {
+            move |source| Error::Kernel {
+                what: what.into(),
+                source,
+            }
+        };
+        if request.realtime_ns != 0 {
+            clock::set(request.realtime_ns).map_err(kernel("set the clock"))?;
+        }
+        if !request.entropy.is_empty() {
+            clock::add_entropy(&request.entropy).map_err(kernel("add entropy"))?;
+        }
+        if !request.hostname.is_empty() {
+            rustix::system::sethostname(request.hostname.as_bytes()).map_err(kernel("set the host name"))?;
+        }
+        for (name, value) in &request.sysctls {
+            let member = format!("sysctls[{name:?}]");
+            if let Step::Write { path, data, .. } = sysctl(&member, name, value)? {
+                write(&path, &data).map_err(|source| Error::Kernel {
+                    what: format!("set kernel parameter {name} to {value:?}"),
+                    source,
+                })?;
+            }
+        }
+        if request.shm_bytes != 0 {
+            mount_shared_memory(request.shm_bytes).map_err(kernel("mount the pod's /dev/shm"))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a container; gives its init's pid.
+    ///
+    /// # Errors
+    /// [`Error::Exists`], [`Error::State`] before the pod is configured, and those of [`Container::create`].
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<i32, Error> {
+        let id = request.container_id.clone();
+        check_id(&id)?;
+        if !self.configured.load(Ordering::SeqCst) {
+            return Err(Error::State("the guest is not configured yet".into()));
+        }
+        match self.containers().entry(id.clone()) {
+            Entry::Occupied(_) => return Err(Error::Exists(format!("container {id:?}"))),
+            Entry::Vacant(vacant) => vacant.insert(Slot::Creating),
+        };
+        match Container::create(&self.engine, request).await {
+            Ok(container) => {
+                let pid = container.init_pid();
+                self.containers().insert(id, Slot::Ready(container));
+                Ok(pid)
+            }
+            Err(error) => {
+                self.containers().remove(&id);
+                Err(error)
+            }
+        }
+    }
+
+    /// A container by id.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+        match self.containers().get(id) {
+            Some(Slot::Ready(container)) => Ok(Arc::clone(container)),
+            _ => Err(Error::NotFound(format!("container {id:?}"))),
+        }
+    }
+
+    /// Removes a container.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], and those of [`Container::delete`]; the container is gone from the list all the same.
+    pub async fn delete(&self, id: &str) -> Result<(), Error> {
+        let container = {
+            let mut containers = self.containers();
+            match containers.get_mut(id) {
+                Some(slot @ Slot::Ready(_)) => match std::mem::replace(slot, Slot::Deleting) {
+                    Slot::Ready(container) => container,
+                    Slot::Creating | Slot::Deleting => {
+                        return Err(Error::NotFound(format!("container {id:?}")));
+                    }
+                },
+                _ => return Err(Error::NotFound(format!("container {id:?}"))),
+            }
+        };
+        let result = container.delete().await;
+        self.containers().remove(id);
+        result
+    }
+
+    /// Kills and removes every container.
+    pub async fn delete_all(&self) {
+        let ids: Vec<String> = self.containers().keys().cloned().collect();
+        // The guest ends either way.
+        for id in ids {
+            let _ = self.delete(&id).await;
+        }
+    }
+
+    /// What this guest is.
+    #[must_use]
+    pub fn guest_info(&self) -> GuestInfoResponse {
+        let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let memory = text("/proc/meminfo");
+        let bytes = |key: &str| {
+            let line = memory
+                .lines()
+                .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+            let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+            kilobytes.unwrap_or(0) * 1024
+        };
+        GuestInfoResponse {
+            agent_release: env!("CARGO_PKG_VERSION").into(),
+            kernel_release: kernel_release(),
+            boot_id: text("/proc/sys/kernel/random/boot_id").trim().into(),
+            online_cpus: online_cpus(&text("/sys/devices/system/cpu/online")),
+            memory_total_bytes: bytes("MemTotal"),
+            memory_available_bytes: bytes("MemAvailable"),
+            controllers: std::fs::read_to_string(self.engine.cgroup_mount.join("cgroup.controllers"))
+                .unwrap_or_default()
+                .split_whitespace()
+                .map(String::from)
+                .collect(),
+            agent_main_us: self.times.main_us,
+            agent_hello_us: self.times.hello_us,
+            ..Default::default()
+        }
+    }
+}
+
+/// uname -r.
+#[must_use]
+pub fn kernel_release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+/// How many CPUs a list like `0-3,5` names.
+fn online_cpus(list: &str) -> u32 {
+    list.trim()
+        .split(',')
+        .filter_map(|range| {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            Some(last.parse::<u32>().ok()?.checked_sub(first.parse().ok()?)? + 1)
+        })
+        .sum()
+}
+
+fn write(path: &std::ffi::CStr, data: &[u8]) -> Result<(), Errno> {
+    let file = open(path, OFlags::WRONLY | OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
+    rustix::io::write(&file, data).map(drop)
+}
+
+fn mount_shared_memory(bytes: u64) -> Result<(), Errno> {
+    let options = [
+        format!("size={bytes}"),
+        "mode=1777".into(),
+        "nosuid".into(),
+        "nodev".into(),
+        "noexec".into(),
+    ];
+    let file_system = FileSystem {
+        kind: c"tmpfs".into(),
+        source: c"shm".into(),
+        options: mount::parse(&options, false).map_err(|_| Errno::INVAL)?,
+    };
+    let tree = file_system.make().map_err(|error| error.errno)?;
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let place = rustix::fs::openat(CWD, Path::new(SHARED_MEMORY), flags, rustix::fs::Mode::empty())?;
+    mount::attach(tree.as_fd(), place.as_fd(), &[])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_lists_are_counted() {
+        assert_eq!(online_cpus("0\n"), 1);
+        assert_eq!(online_cpus("0-3,5\n"), 5);
+        assert_eq!(online_cpus(""), 0);
+        assert_eq!(online_cpus("3-1"), 0);
+    }
+}

@@ -1,0 +1,44 @@
+//! One pod, one VM: the host-side core of kata-rs.
+//!
+//! A [`Sandbox`] spawns the VMM, boots the guest, and runs containers in it: their life cycle, storage and
+//! standard I/O. The doors (`shim`, `cli`) translate their callers' protocols into this API and decide nothing.
+//! No type of containerd, Docker or a command line lives here, and nothing of KVM beyond opening `/dev/kvm` for
+//! the VMM.
+
+mod agent;
+mod api;
+mod boot_files;
+pub mod cgroup;
+pub mod config;
+mod container;
+mod create;
+pub mod error;
+mod events;
+pub mod hooks;
+pub mod io;
+mod pod;
+mod process;
+mod proxy;
+mod sandbox;
+mod seqpacket;
+pub mod sizing;
+mod spawn;
+mod spec;
+pub mod storage;
+mod streams;
+mod timeline;
+mod vm;
+
+pub use api::{
+    ContainerRequest, Deleted, ExecRequest, Exit, GuestInfo, ProcessEntry, ProcessId, ProcessState,
+    RootfsMount, SandboxExit, SandboxExitCause, Status, Stdio, StdioTarget, StdioUris,
+};
+pub use config::Config;
+pub use error::{Error, ErrorKind};
+pub use events::{Event, Events};
+pub use protocol::agent::{ContainerStatsResponse, container_stats_response};
+pub use protocol::channel;
+pub use sandbox::Sandbox;
+pub use sizing::Sizing;
+pub use spec::{Netns, SandboxSpec};
+pub use timeline::{ContainerTimeline, Timeline};

@@ -1,0 +1,85 @@
+//! What a sandbox is made from, and reading it out of an OCI specification.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::sizing::Sizing;
+
+/// Where the pod's host-side network is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Netns {
+    /// In the network namespace of this process: the specification asks for none.
+    Host,
+    /// In a new network namespace, made with the container's host process.
+    New,
+    /// In the one at this path.
+    Path(PathBuf),
+}
+
+impl Netns {
+    /// What a specification asks for.
+    #[must_use]
+    pub fn from_oci(spec: &Spec) -> Self {
+        let namespace = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.namespaces().as_ref())
+            .and_then(|list| list.iter().find(|ns| ns.typ() == LinuxNamespaceType::Network));
+        match namespace.map(oci_spec::runtime::LinuxNamespace::path) {
+            None => Self::Host,
+            Some(Some(path)) if !path.as_os_str().is_empty() => Self::Path(path.clone()),
+            Some(_) => Self::New,
+        }
+    }
+}
+
+/// What a sandbox is made from.
+#[derive(Clone, Debug)]
+pub struct SandboxSpec {
+    /// Names the sandbox; its first container's id, or the pod's.
+    pub id: String,
+    /// The caller's namespace, in which the id is unique; told to log programs (`binary://`). May be empty.
+    pub namespace: String,
+    /// vCPUs and memory.
+    pub sizing: Sizing,
+    /// The pod's host name.
+    pub hostname: Option<String>,
+    /// The pod's network namespace on the host.
+    pub netns: Netns,
+    /// Where on the host the VM's resource use is counted: `linux.cgroupsPath`.
+    pub cgroups_path: Option<PathBuf>,
+    /// The pod's sysctls, by dotted or slashed name.
+    pub sysctls: BTreeMap<String, String>,
+    /// Size in bytes of a /dev/shm that the pod's containers share; 0 when each has its own.
+    pub shm_bytes: u64,
+    /// Whether the containers share one pid namespace.
+    pub shared_pid_namespace: bool,
+}
+
+impl SandboxSpec {
+    /// Reads it from the specification of the sandbox's first container.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the resources it asks for make no VM.
+    pub fn from_oci(id: &str, spec: &Spec, config: &Config) -> Result<Self, Error> {
+        let sizing = Sizing::from_oci(spec, config).map_err(|error| Error::Invalid(error.to_string()))?;
+        Ok(Self {
+            id: id.to_owned(),
+            namespace: String::new(),
+            sizing,
+            hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
+            netns: Netns::from_oci(spec),
+            cgroups_path: spec
+                .linux()
+                .as_ref()
+                .and_then(|linux| linux.cgroups_path().clone()),
+            sysctls: BTreeMap::new(),
+            shm_bytes: crate::storage::shm_bytes(spec),
+            shared_pid_namespace: false,
+        })
+    }
+}

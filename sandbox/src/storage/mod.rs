@@ -1,0 +1,112 @@
+//! From a snapshotter's mounts and the OCI specification's mounts to what a container sees.
+//!
+//! [`plan`] is a pure function but for looking at paths: it decides what the host opens ([`HostStep`]) and what the
+//! guest mounts. [`realize`] opens: each host step becomes one descriptor that the VMM gets, a detached mount or a
+//! block device. Nothing is ever mounted where another process sees it, so nothing is left over when a process dies.
+//!
+//! Sending the descriptors to the VMM and the guest's half to the agent is not done here.
+
+mod error;
+mod mounts;
+mod options;
+mod plan;
+#[cfg(test)]
+mod plan_tests;
+mod probe;
+#[cfg(test)]
+mod realize_tests;
+mod rootfs;
+mod share;
+mod sys;
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use oci_spec::runtime::Spec;
+use protocol::vmm::CachePolicy;
+
+use crate::api::RootfsMount;
+
+pub use error::StorageError;
+pub use plan::{Context, FileBind, GuestMount, HostStep, MountSource, Overlay, Plan, ReadOnly};
+pub use probe::{FileKind, FileSystem, SourceInfo, probe, shm_bytes};
+
+/// A directory that the guest shall see.
+#[derive(Debug)]
+pub struct Share {
+    /// Its name under the virtio-fs root: one path component.
+    pub name: String,
+    /// The root of a detached mount.
+    pub fd: OwnedFd,
+    /// How the guest may cache.
+    pub cache: CachePolicy,
+}
+
+/// A block device that the guest shall see.
+#[derive(Debug)]
+pub struct Block {
+    /// A block device or raw file whose size is a multiple of 512 bytes.
+    pub fd: OwnedFd,
+    /// Whether it was opened for reading only.
+    pub read_only: bool,
+}
+
+/// What a plan's host steps became.
+#[derive(Debug, Default)]
+pub struct Attachments {
+    /// In the plan's order.
+    pub shares: Vec<Share>,
+    /// In the plan's order: [`MountSource::Block`]'s `index` counts these.
+    pub blocks: Vec<Block>,
+}
+
+/// Plans the storage of the container `id`: of its specification, its bundle directory, and its root file system's
+/// mounts.
+///
+/// # Errors
+/// [`StorageError`] that names the mount which is malformed, not supported, or whose source is missing.
+pub fn plan(spec: &Spec, bundle: &Path, rootfs: &[RootfsMount], id: &str) -> Result<Plan, StorageError> {
+    let context = Context {
+        container_id: id,
+        bundle,
+        pod_shm: None,
+    };
+    Plan::new(context, spec, rootfs, &probe)
+}
+
+/// Opens what a plan names. Blocks: call it where that is allowed.
+///
+/// # Errors
+/// [`StorageError`]; what had been opened is closed again.
+pub fn realize(plan: &Plan) -> Result<Attachments, StorageError> {
+    let mut attachments = Attachments::default();
+    for step in &plan.host {
+        let (name, fd, cache) = match step {
+            HostStep::Block { source, read_only } => {
+                attachments.blocks.push(rootfs::open_block(source, *read_only)?);
+                continue;
+            }
+            HostStep::Overlay { share, overlay } => {
+                (share, rootfs::mount_overlay(overlay)?, CachePolicy::Exclusive)
+            }
+            HostStep::Directory {
+                share,
+                source,
+                recursive,
+                read_only,
+                receive_unmounts,
+                cache,
+            } => {
+                let fd = share::clone_directory(source, *recursive, *read_only, *receive_unmounts)?;
+                (share, fd, *cache)
+            }
+            HostStep::Files { share, files } => (share, share::gather_files(files)?, CachePolicy::Shared),
+        };
+        attachments.shares.push(Share {
+            name: name.clone(),
+            fd,
+            cache,
+        });
+    }
+    Ok(attachments)
+}

@@ -1,0 +1,315 @@
+//! How each of the specification's mounts is planned: which become a share, and which a file system or a path of the
+//! guest's own.
+//!
+//! A bind of something through which the host's kernel shows itself (/proc, /sys, cgroups, /dev) becomes the guest's
+//! own: that is what the container would see if the guest were its host.
+
+use std::path::{Component, Path, PathBuf};
+
+use oci_spec::runtime::{Mount, Spec};
+use protocol::vmm::CachePolicy;
+
+use super::error::StorageError;
+use super::options;
+use super::plan::{
+    Context, FileBind, GuestMount, HostStep, MountSource, Overlay, Plan, Probe, ReadOnly, clean,
+};
+use super::probe::{FileKind, FileSystem, SourceInfo};
+
+/// Where POSIX shared memory is.
+pub(super) const SHM: &str = "/dev/shm";
+
+/// File system types that the specification may ask for by name, all of the guest's kernel.
+const KERNEL_TYPES: [&str; 14] = [
+    "proc",
+    "sysfs",
+    "tmpfs",
+    "ramfs",
+    "devpts",
+    "mqueue",
+    "cgroup",
+    "cgroup2",
+    "hugetlbfs",
+    "bpf",
+    "debugfs",
+    "tracefs",
+    "securityfs",
+    "configfs",
+];
+
+/// Where a Linux system has its kernel's file systems: a bind of one becomes the guest's own.
+const KERNEL_PATHS: [(&str, &str); 8] = [
+    ("/proc", "proc"),
+    ("/sys", "sysfs"),
+    ("/sys/fs/bpf", "bpf"),
+    ("/sys/kernel/debug", "debugfs"),
+    ("/sys/kernel/tracing", "tracefs"),
+    ("/sys/kernel/security", "securityfs"),
+    ("/dev/mqueue", "mqueue"),
+    ("/dev/pts", "devpts"),
+];
+
+/// Character devices that are the same in every kernel. A bind of one becomes the guest's own.
+const GUEST_DEVICES: [&str; 9] = [
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/random",
+    "/dev/urandom",
+    "/dev/tty",
+    "/dev/fuse",
+    "/dev/net/tun",
+    "/dev/kmsg",
+];
+
+/// Whether a mount is a bind mount (config.md, "POSIX-platform Mounts"): by its options, or by the type `bind`.
+pub(super) fn is_bind(mount: &Mount) -> bool {
+    let by_option = mount
+        .options()
+        .iter()
+        .flatten()
+        .any(|word| options::is_bind(word));
+    by_option || mount.typ().as_deref() == Some("bind")
+}
+
+impl Plan {
+    pub(super) fn add_mounts(
+        &mut self,
+        context: Context<'_>,
+        spec: &Spec,
+        probe: Probe<'_>,
+    ) -> Result<(), StorageError> {
+        let mut files = Vec::new();
+        for mount in spec.mounts().iter().flatten() {
+            let target = destination(mount.destination())?;
+            let words = mount.options().as_deref().unwrap_or_default();
+            let ids = [mount.uid_mappings(), mount.gid_mappings()];
+            if ids
+                .iter()
+                .any(|map| map.as_ref().is_some_and(|map| !map.is_empty()))
+                || words
+                    .iter()
+                    .any(|word| matches!(word.as_str(), "idmap" | "ridmap"))
+            {
+                return Err(StorageError::IdMapped(target));
+            }
+            let words: Vec<String> = words
+                .iter()
+                .filter(|word| !options::is_comment(word))
+                .cloned()
+                .collect();
+            let (source, options) = if is_bind(mount) {
+                self.bind(context, mount, &target, words, &mut files, probe)?
+            } else {
+                self.own(context, mount, &target, words)?
+            };
+            self.mounts.push(GuestMount {
+                source,
+                target: target.to_string_lossy().into_owned(),
+                options,
+            });
+        }
+        if !files.is_empty() {
+            self.host.push(HostStep::Files {
+                share: files_share(context),
+                files,
+            });
+        }
+        Ok(())
+    }
+
+    /// A new file system.
+    fn own(
+        &mut self,
+        context: Context<'_>,
+        mount: &Mount,
+        target: &Path,
+        words: Vec<String>,
+    ) -> Result<(MountSource, Vec<String>), StorageError> {
+        match mount.typ().as_deref().unwrap_or_default() {
+            "overlay" => {
+                let overlay = Overlay::parse(&words)?;
+                let share = self.share_name(context);
+                self.host.push(HostStep::Overlay {
+                    share: share.clone(),
+                    overlay,
+                });
+                let kept = |word: &String| options::is_flag(word) || options::is_propagation(word);
+                let options = ["rbind".to_owned()]
+                    .into_iter()
+                    .chain(words.into_iter().filter(kept))
+                    .collect();
+                Ok((root_of(share), options))
+            }
+            kind if KERNEL_TYPES.contains(&kind) => Ok((kernel(kind), words)),
+            kind => Err(StorageError::MountKind {
+                destination: target.to_owned(),
+                kind: kind.to_owned(),
+                known: [&KERNEL_TYPES[..], &["overlay"]].concat().join(", "),
+            }),
+        }
+    }
+
+    /// A bind mount.
+    fn bind(
+        &mut self,
+        context: Context<'_>,
+        mount: &Mount,
+        target: &Path,
+        mut words: Vec<String>,
+        files: &mut Vec<FileBind>,
+        probe: Probe<'_>,
+    ) -> Result<(MountSource, Vec<String>), StorageError> {
+        let source = match mount.source() {
+            Some(source) if !source.as_os_str().is_empty() => clean(&context.bundle.join(source)),
+            _ => return Err(StorageError::NoSource(target.to_owned())),
+        };
+        if let Some(word @ ("shared" | "rshared")) = options::propagation(&words) {
+            return Err(StorageError::SharedPropagation(
+                target.to_owned(),
+                word.to_owned(),
+            ));
+        }
+        let info = probe(&source)
+            .map_err(|cause| StorageError::opening("the source of a bind mount,", &source, cause))?;
+        if let Some(replaced) = guests_own(context, &source, target, info, &words)? {
+            return Ok(replaced);
+        }
+        if !words.iter().any(|word| options::is_bind(word)) {
+            words.insert(0, "bind".to_owned());
+        }
+        let read_only = options::read_only(&words);
+        if info.kind == FileKind::File {
+            let path = files.len().to_string();
+            files.push(FileBind {
+                source,
+                read_only: read_only != ReadOnly::No,
+            });
+            let name = files_share(context);
+            return Ok((MountSource::Share { name, path }, words));
+        }
+        let share = self.share_name(context);
+        self.host.push(HostStep::Directory {
+            share: share.clone(),
+            source,
+            recursive: words.iter().any(|word| word == "rbind"),
+            read_only,
+            receive_unmounts: matches!(options::propagation(&words), Some("slave" | "rslave")),
+            cache: CachePolicy::Shared,
+        });
+        Ok((root_of(share), words))
+    }
+
+    /// A name no other share of the sandbox has: container ids are unique, and the part behind the last dot is
+    /// unique in the container.
+    fn share_name(&self, context: Context<'_>) -> String {
+        format!("{}.{}", context.container_id, self.host.len())
+    }
+}
+
+/// What of the guest's own stands for a bind of this source, if anything does. An error for what cannot be shared.
+fn guests_own(
+    context: Context<'_>,
+    source: &Path,
+    target: &Path,
+    info: SourceInfo,
+    words: &[String],
+) -> Result<Option<(MountSource, Vec<String>)>, StorageError> {
+    let flags = || -> Vec<String> {
+        let top = |word: &String| match word.as_str() {
+            "rro" => "ro".to_owned(),
+            _ => word.clone(),
+        };
+        let flags = words
+            .iter()
+            .filter(|word| options::is_flag(word) || options::is_propagation(word));
+        flags.map(top).collect()
+    };
+    let unshareable = |reason| {
+        Err(StorageError::Unshareable {
+            source_path: source.to_owned(),
+            destination: target.to_owned(),
+            reason,
+        })
+    };
+    let guest = |path: &str| {
+        let path = path.to_owned();
+        Ok(Some((MountSource::Guest { path }, words.to_vec())))
+    };
+    match info.kind {
+        FileKind::Socket => {
+            return unshareable(
+                "a socket cannot be shared with a virtual machine: remove the mount, or use TCP",
+            );
+        }
+        FileKind::Fifo => {
+            return unshareable("a named pipe cannot be shared with a virtual machine: remove the mount");
+        }
+        FileKind::BlockDevice => {
+            return unshareable(
+                "block devices cannot be bind-mounted into a virtual machine: mount a file system",
+            );
+        }
+        FileKind::CharDevice => {
+            return match GUEST_DEVICES.iter().find(|path| Path::new(path) == source) {
+                Some(path) => guest(path),
+                None => unshareable(
+                    "devices of the host cannot be shared with a virtual machine: remove the mount",
+                ),
+            };
+        }
+        FileKind::Directory | FileKind::File => {}
+    }
+    let known = KERNEL_PATHS.iter().find(|(path, _)| Path::new(path) == source);
+    match info.file_system {
+        FileSystem::Cgroup => Ok(Some((kernel("cgroup2"), flags()))),
+        FileSystem::Kernel(_) => match known {
+            Some((_, kind)) => Ok(Some((kernel(kind), flags()))),
+            None => unshareable(
+                "it belongs to the host's kernel: mount /proc, /sys or a file system by its type instead",
+            ),
+        },
+        FileSystem::Tmpfs { .. } if source == Path::new("/dev") => guest("/dev"),
+        FileSystem::Tmpfs { bytes } if target == Path::new(SHM) && info.kind == FileKind::Directory => {
+            if let Some(path) = context.pod_shm {
+                return guest(path);
+            }
+            let mut options = flags();
+            options.extend(["mode=1777".to_owned(), format!("size={bytes}")]);
+            Ok(Some((kernel("tmpfs"), options)))
+        }
+        FileSystem::Tmpfs { .. } | FileSystem::Ordinary => Ok(None),
+    }
+}
+
+fn kernel(kind: &str) -> MountSource {
+    let file_system = if kind == "cgroup" { "cgroup2" } else { kind };
+    MountSource::Kernel {
+        file_system: file_system.to_owned(),
+    }
+}
+
+fn root_of(share: String) -> MountSource {
+    MountSource::Share {
+        name: share,
+        path: String::new(),
+    }
+}
+
+fn files_share(context: Context<'_>) -> String {
+    format!("{}.files", context.container_id)
+}
+
+/// A mount's destination as an absolute path. A relative one starts at `/`, as older versions of the specification
+/// had it.
+fn destination(path: &Path) -> Result<PathBuf, StorageError> {
+    let refuse = || StorageError::Destination(path.to_owned());
+    let absolute = clean(&Path::new("/").join(path));
+    if absolute == Path::new("/")
+        || absolute.to_str().is_none()
+        || absolute.components().any(|part| part == Component::ParentDir)
+    {
+        return Err(refuse());
+    }
+    Ok(absolute)
+}

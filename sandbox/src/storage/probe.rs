@@ -1,0 +1,128 @@
+//! What a path on the host is, as far as a plan must know.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use oci_spec::runtime::Spec;
+use rustix::fs::{CWD, FileType, Mode, OFlags, RawMode};
+
+/// The kind of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A directory.
+    Directory,
+    /// A regular file.
+    File,
+    /// A character device.
+    CharDevice,
+    /// A block device.
+    BlockDevice,
+    /// A named pipe.
+    Fifo,
+    /// A Unix socket.
+    Socket,
+}
+
+/// The kind of a file system, where it matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileSystem {
+    /// One that can be shared.
+    Ordinary,
+    /// tmpfs, with its size in bytes.
+    Tmpfs {
+        /// Size in bytes.
+        bytes: u64,
+    },
+    /// cgroup or cgroup2.
+    Cgroup,
+    /// Another one through which the host's kernel shows itself: by its type.
+    Kernel(&'static str),
+}
+
+/// What a plan must know of a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceInfo {
+    /// The kind of file, behind all symbolic links.
+    pub kind: FileKind,
+    /// The kind of file system it is on.
+    pub file_system: FileSystem,
+}
+
+/// File systems that show or steer the host's kernel, by statfs(2)'s `f_type` (linux/magic.h).
+const KERNEL_FILE_SYSTEMS: [(u64, &str); 12] = [
+    (0x9fa0, "proc"),
+    (0x6265_6572, "sysfs"),
+    (0x1cd1, "devpts"),
+    (0x1980_0202, "mqueue"),
+    (0xcafe_4a11, "bpf"),
+    (0x6462_6720, "debugfs"),
+    (0x7472_6163, "tracefs"),
+    (0x7363_6673, "securityfs"),
+    (0x6265_6570, "configfs"),
+    (0xde5e_81e4, "efivarfs"),
+    (0x6e73_6673, "nsfs"),
+    (0x9584_58f6, "hugetlbfs"),
+];
+const CGROUP: [u64; 2] = [0x27_e0eb, 0x6367_7270];
+const TMPFS: u64 = 0x0102_1994;
+
+/// Looks at a path, behind all symbolic links.
+///
+/// # Errors
+/// What open(2) and statfs(2) report.
+pub fn probe(path: &Path) -> io::Result<SourceInfo> {
+    inspect(open_path(path)?)
+}
+
+/// Opens a path as a place, without access to what it holds.
+pub(super) fn open_path(path: &Path) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::openat(
+        CWD,
+        path,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
+}
+
+/// Looks at an open path.
+pub(super) fn inspect(fd: impl AsFd) -> io::Result<SourceInfo> {
+    let stat = rustix::fs::fstat(&fd)?;
+    let kind = match FileType::from_raw_mode(stat.st_mode as RawMode) {
+        FileType::Directory => FileKind::Directory,
+        FileType::CharacterDevice => FileKind::CharDevice,
+        FileType::BlockDevice => FileKind::BlockDevice,
+        FileType::Fifo => FileKind::Fifo,
+        FileType::Socket => FileKind::Socket,
+        FileType::RegularFile | FileType::Symlink | FileType::Unknown => FileKind::File,
+    };
+    let fs = rustix::fs::fstatfs(&fd)?;
+    #[allow(clippy::cast_sign_loss, reason = "f_type is a bit pattern")]
+    let magic = fs.f_type as u64;
+    let file_system = match KERNEL_FILE_SYSTEMS.iter().find(|(number, _)| *number == magic) {
+        Some((_, name)) => FileSystem::Kernel(name),
+        None if CGROUP.contains(&magic) => FileSystem::Cgroup,
+        None if magic == TMPFS => FileSystem::Tmpfs {
+            bytes: fs.f_blocks.saturating_mul(u64::try_from(fs.f_bsize).unwrap_or(0)),
+        },
+        None => FileSystem::Ordinary,
+    };
+    Ok(SourceInfo { kind, file_system })
+}
+
+/// The size in bytes of the /dev/shm that a pod's containers share: of the tmpfs that the specification binds there,
+/// 0 when it binds none.
+#[must_use]
+pub fn shm_bytes(spec: &Spec) -> u64 {
+    let shm =
+        spec.mounts().iter().flatten().find(|mount| {
+            mount.destination() == Path::new(super::mounts::SHM) && super::mounts::is_bind(mount)
+        });
+    match shm.and_then(|mount| mount.source().as_deref()).map(probe) {
+        Some(Ok(SourceInfo {
+            kind: FileKind::Directory,
+            file_system: FileSystem::Tmpfs { bytes },
+        })) => bytes,
+        _ => 0,
+    }
+}

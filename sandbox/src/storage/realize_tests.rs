@@ -1,0 +1,455 @@
+//! Real mounts of this kernel's. They need root; without it they say so and prove nothing.
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+
+use super::*;
+
+/// Mounting takes CAP_SYS_ADMIN.
+macro_rules! needs_root {
+    () => {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: this test mounts, which only root may do");
+            return;
+        }
+    };
+}
+
+/// A directory on a file system of its own: overlayfs takes no upper directory on another overlay, as containers
+/// have it.
+struct Directory {
+    path: PathBuf,
+}
+
+impl Directory {
+    fn new() -> Self {
+        let path = tempfile::tempdir().unwrap().keep();
+        rustix::mount::mount("tmpfs", &path, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+        Self { path }
+    }
+
+    fn make(&self, name: &str) -> PathBuf {
+        let path = self.path.join(name);
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    fn file(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.path.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.path, rustix::mount::UnmountFlags::DETACH);
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+/// A path under a share's root.
+fn inside(share: &Share, name: &str) -> PathBuf {
+    Path::new(&format!("/proc/self/fd/{}", share.fd.as_raw_fd())).join(name)
+}
+
+fn realized(step: HostStep) -> Result<Attachments, StorageError> {
+    realize(&Plan {
+        host: vec![step],
+        rootfs: Vec::new(),
+        mounts: Vec::new(),
+        read_only_rootfs: false,
+    })
+}
+
+fn share_of(step: HostStep) -> Share {
+    let mut attachments = realized(step).unwrap();
+    assert!(attachments.blocks.is_empty());
+    attachments.shares.remove(0)
+}
+
+fn directory(source: &Path, recursive: bool, read_only: ReadOnly) -> HostStep {
+    HostStep::Directory {
+        share: "c1.1".into(),
+        source: source.into(),
+        recursive,
+        read_only,
+        receive_unmounts: false,
+        cache: CachePolicy::Shared,
+    }
+}
+
+fn errno<T>(result: std::io::Result<T>) -> Option<i32> {
+    result.err().and_then(|error| error.raw_os_error())
+}
+
+fn mounts_of_this_process() -> String {
+    fs::read_to_string("/proc/self/mountinfo").unwrap()
+}
+
+/// An overlay of `count` layers, each with a file named by its number; all have `same`, with the number in it.
+fn layers(dir: &Directory, count: usize) -> Overlay {
+    let lower = (0..count).map(|number| {
+        dir.file(&format!("lower{number}/{number}"), "");
+        dir.file(&format!("lower{number}/same"), &number.to_string());
+        dir.path.join(format!("lower{number}"))
+    });
+    Overlay {
+        lower: lower.collect(),
+        upper: Some((dir.make("upper"), dir.make("work"))),
+        options: vec!["index=off".into()],
+        read_only: false,
+    }
+}
+
+fn check_overlay(dir: &Directory, share: &Share, count: usize) {
+    assert_eq!(
+        fs::read_to_string(inside(share, "same")).unwrap(),
+        "0",
+        "the first layer is not on top"
+    );
+    assert!(inside(share, &(count - 1).to_string()).exists());
+    fs::write(inside(share, "written"), "x").unwrap();
+    assert!(dir.path.join("upper/written").exists());
+    fs::remove_file(inside(share, "0")).unwrap();
+    assert!(dir.path.join("lower0/0").exists());
+}
+
+#[test]
+fn an_overlay_of_many_layers_is_mounted_where_nobody_sees_it() {
+    needs_root!();
+    let dir = Directory::new();
+    let before = mounts_of_this_process();
+    let overlay = layers(&dir, 60);
+    let share = share_of(HostStep::Overlay {
+        share: "c1.rootfs".into(),
+        overlay,
+    });
+    assert_eq!(
+        (share.name.as_str(), share.cache),
+        ("c1.rootfs", CachePolicy::Exclusive)
+    );
+    check_overlay(&dir, &share, 60);
+    assert!(!mounts_of_this_process().contains("c1.rootfs"));
+    assert_eq!(
+        before.matches("overlay").count(),
+        mounts_of_this_process().matches("overlay").count(),
+        "the overlay is seen by others"
+    );
+}
+
+#[test]
+fn an_overlay_is_mounted_the_older_way_too() {
+    needs_root!();
+    let dir = Directory::new();
+    let fd = rootfs::mount_by_path(&layers(&dir, 60)).unwrap();
+    let share = Share {
+        name: String::new(),
+        fd,
+        cache: CachePolicy::Exclusive,
+    };
+    check_overlay(&dir, &share, 60);
+    assert!(
+        !fs::read_to_string("/proc/mounts")
+            .unwrap()
+            .contains("overlay /sys")
+    );
+    let mut missing = layers(&dir, 2);
+    missing.lower.push("/gone/layer".into());
+    let error = rootfs::mount_by_path(&missing).unwrap_err();
+    assert!(matches!(error, StorageError::Missing { .. }), "{error}");
+}
+
+#[test]
+fn an_overlay_with_odd_paths_and_read_only_is_mounted() {
+    needs_root!();
+    let dir = Directory::new();
+    let long = "x".repeat(200);
+    dir.file(&format!("a:b,c\\d/{long}/{long}/f"), "found");
+    let share = share_of(HostStep::Overlay {
+        share: "c1.rootfs".into(),
+        overlay: Overlay {
+            lower: vec![
+                dir.path.join(format!("a:b,c\\d/{long}/{long}")),
+                dir.make("second"),
+            ],
+            read_only: true,
+            ..Overlay::default()
+        },
+    });
+    assert_eq!(fs::read_to_string(inside(&share, "f")).unwrap(), "found");
+    assert_eq!(errno(fs::write(inside(&share, "f"), "x")), Some(libc::EROFS));
+}
+
+#[test]
+fn an_overlay_that_the_kernel_refuses_says_why() {
+    needs_root!();
+    let dir = Directory::new();
+    let refused = |change: fn(&mut Overlay)| {
+        let mut overlay = layers(&dir, 2);
+        change(&mut overlay);
+        realized(HostStep::Overlay {
+            share: "s".into(),
+            overlay,
+        })
+        .unwrap_err()
+        .to_string()
+    };
+    let unknown = refused(|overlay| overlay.options.push("nonsense=1".into()));
+    assert!(
+        unknown.contains("nonsense=1: Invalid argument") && unknown.contains("kernel says"),
+        "{unknown}"
+    );
+    let gone = refused(|overlay| overlay.lower.push("/gone/layer".into()));
+    assert!(gone.contains("/gone/layer does not exist"), "{gone}");
+    let file = refused(|overlay| overlay.lower.push("/etc/passwd".into()));
+    assert!(file.contains("/etc/passwd is not a directory"), "{file}");
+}
+
+#[test]
+fn a_directory_is_shared_with_or_without_the_mounts_below_it() {
+    needs_root!();
+    let dir = Directory::new();
+    let below = dir.make("shared/below");
+    dir.file("shared/below/under", "");
+    rustix::mount::mount("tmpfs", &below, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+    dir.file("shared/below/over", "");
+    let source = dir.path.join("shared");
+    let deep = share_of(directory(&source, true, ReadOnly::No));
+    assert!(inside(&deep, "below/over").exists());
+    let shallow = share_of(directory(&source, false, ReadOnly::No));
+    assert!(inside(&shallow, "below/under").exists());
+
+    let top = share_of(directory(&source, true, ReadOnly::Top));
+    assert_eq!(errno(fs::write(inside(&top, "new"), "")), Some(libc::EROFS));
+    fs::write(inside(&top, "below/new"), "").unwrap();
+    let all = share_of(directory(&source, true, ReadOnly::Recursive));
+    assert_eq!(errno(fs::write(inside(&all, "below/new"), "")), Some(libc::EROFS));
+    // The host's own view stays as it was.
+    fs::write(source.join("new"), "").unwrap();
+    rustix::mount::unmount(&below, rustix::mount::UnmountFlags::DETACH).unwrap();
+}
+
+#[test]
+fn nothing_in_a_share_is_a_device_or_a_link_for_the_host() {
+    needs_root!();
+    let dir = Directory::new();
+    let source = dir.make("shared");
+    mknodat(
+        CWD,
+        source.join("null"),
+        FileType::CharacterDevice,
+        Mode::from_raw_mode(0o666),
+        makedev(1, 3),
+    )
+    .unwrap();
+    symlink("/etc/passwd", source.join("link")).unwrap();
+    dir.file("shared/file", "x");
+    let share = share_of(directory(&source, true, ReadOnly::No));
+    assert_eq!(errno(fs::File::open(inside(&share, "null"))), Some(libc::EACCES));
+    assert_eq!(errno(fs::File::open(inside(&share, "link"))), Some(libc::ELOOP));
+    assert_eq!(
+        fs::read_link(inside(&share, "link")).unwrap(),
+        Path::new("/etc/passwd")
+    );
+    assert!(fs::File::open(inside(&share, "file")).is_ok());
+}
+
+#[test]
+fn files_are_gathered_each_as_writable_as_it_shall_be() {
+    needs_root!();
+    let dir = Directory::new();
+    let hosts = dir.file("hosts", "hosts");
+    let resolv = dir.file("resolv.conf", "resolv");
+    symlink(&resolv, dir.path.join("link")).unwrap();
+    let bind = |source: PathBuf, read_only| FileBind { source, read_only };
+    let at_root = || {
+        mounts_of_this_process()
+            .lines()
+            .filter(|line| line.split(' ').nth(4) == Some("/"))
+            .count()
+    };
+    let before = at_root();
+    let share = share_of(HostStep::Files {
+        share: "c1.files".into(),
+        files: vec![bind(hosts.clone(), true), bind(dir.path.join("link"), false)],
+    });
+    assert_eq!(fs::read_to_string(inside(&share, "0")).unwrap(), "hosts");
+    assert_eq!(fs::read_to_string(inside(&share, "1")).unwrap(), "resolv");
+    assert_eq!(
+        errno(fs::OpenOptions::new().write(true).open(inside(&share, "0"))),
+        Some(libc::EROFS)
+    );
+    fs::write(inside(&share, "1"), "changed").unwrap();
+    assert_eq!(fs::read_to_string(resolv).unwrap(), "changed");
+    fs::OpenOptions::new()
+        .append(true)
+        .open(&hosts)
+        .unwrap()
+        .write_all(b"+")
+        .unwrap();
+    assert_eq!(fs::read_to_string(inside(&share, "0")).unwrap(), "hosts+");
+    // No file of the guest's making can fill the host's memory here.
+    assert_eq!(errno(fs::write(inside(&share, "2"), "")), Some(libc::EROFS));
+    assert_eq!(before, at_root(), "the directory is seen by others");
+}
+
+#[test]
+fn what_is_not_what_the_plan_took_it_for_is_refused() {
+    needs_root!();
+    let dir = Directory::new();
+    let file = dir.file("file", "");
+    symlink("/proc", dir.path.join("link")).unwrap();
+    let refused = |source: &Path| {
+        realized(directory(source, true, ReadOnly::No))
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(refused(&file).contains("is not a directory"));
+    assert!(refused(&dir.path.join("gone")).contains("does not exist"));
+    assert!(refused(&dir.path.join("link")).contains("is not on a file system that can be shared"));
+    let files = HostStep::Files {
+        share: "s".into(),
+        files: vec![FileBind {
+            source: dir.path.clone(),
+            read_only: false,
+        }],
+    };
+    assert!(
+        realized(files)
+            .unwrap_err()
+            .to_string()
+            .contains("is not a regular file")
+    );
+}
+
+#[test]
+fn an_image_is_opened_for_one_writer() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let open = |read_only| {
+        let mut attachments = realized(HostStep::Block {
+            source: image.clone(),
+            read_only,
+        })?;
+        Ok::<_, StorageError>(attachments.blocks.remove(0))
+    };
+    let first = open(false).unwrap();
+    assert!(!first.read_only);
+    assert!(matches!(open(false), Err(StorageError::BlockBusy(_))));
+    // The lock lives as long as any copy of the descriptor.
+    let copy = first.fd.try_clone().unwrap();
+    drop(first);
+    assert!(matches!(open(true), Err(StorageError::BlockBusy(_))));
+    drop(copy);
+    let readers = [open(true).unwrap(), open(true).unwrap()];
+    assert_eq!(
+        rustix::io::write(&readers[0].fd, b"x"),
+        Err(rustix::io::Errno::BADF)
+    );
+}
+
+#[test]
+fn what_is_no_disk_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = |path: &Path| {
+        let step = HostStep::Block {
+            source: path.into(),
+            read_only: true,
+        };
+        realized(step).unwrap_err()
+    };
+    for bytes in [0, 511, 513] {
+        let image = dir.path().join(bytes.to_string());
+        fs::File::create(&image).unwrap().set_len(bytes).unwrap();
+        let error = open(&image);
+        assert!(
+            matches!(error, StorageError::BlockSize { bytes: found, .. } if found == bytes),
+            "{error}"
+        );
+    }
+    assert!(
+        open(Path::new("/dev/null"))
+            .to_string()
+            .contains("not a block device or an image file")
+    );
+    assert!(
+        open(dir.path())
+            .to_string()
+            .contains("not a block device or an image file")
+    );
+    assert!(
+        open(&dir.path().join("gone"))
+            .to_string()
+            .contains("does not exist")
+    );
+}
+
+#[test]
+fn a_block_device_that_the_host_has_mounted_is_refused() {
+    needs_root!();
+    let source = fs::read_to_string("/proc/mounts").unwrap();
+    let mounted = source
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .map(Path::new)
+        .find(|path| {
+            use std::os::unix::fs::FileTypeExt;
+            // A device cgroup may keep even root from it.
+            fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+                && fs::File::open(path).is_ok()
+        });
+    let Some(device) = mounted else {
+        eprintln!("skipped: no block device is mounted here that may be opened");
+        return;
+    };
+    let open = |read_only| {
+        realized(HostStep::Block {
+            source: device.into(),
+            read_only,
+        })
+    };
+    let error = open(false).unwrap_err();
+    assert!(matches!(error, StorageError::BlockBusy(_)), "{error}");
+}
+
+#[test]
+fn a_specification_goes_all_the_way() {
+    needs_root!();
+    let dir = Directory::new();
+    dir.file("bundle/rootfs/bin/true", "");
+    fs::set_permissions(dir.path.join("bundle/rootfs"), fs::Permissions::from_mode(0o755)).unwrap();
+    dir.file("bundle/hosts", "hosts");
+    let shm = dir.make("shm");
+    let spec = format!(
+        r#"{{"ociVersion":"1.2.0","root":{{"path":"rootfs"}},"mounts":[
+            {{"destination":"/etc/hosts","type":"bind","source":"hosts","options":["rbind","ro"]}},
+            {{"destination":"/dev/shm","type":"bind","source":"{}","options":["rbind"]}}]}}"#,
+        shm.display()
+    );
+    let spec: Spec = serde_json::from_str(&spec).unwrap();
+    assert!(shm_bytes(&spec) > 0);
+    let plan = plan(&spec, &dir.path.join("bundle"), &[], "c1").unwrap();
+    let attachments = realize(&plan).unwrap();
+    let names: Vec<&str> = attachments
+        .shares
+        .iter()
+        .map(|share| share.name.as_str())
+        .collect();
+    assert_eq!(names, ["c1.rootfs", "c1.files"]);
+    assert!(inside(&attachments.shares[0], "bin/true").exists());
+    assert_eq!(
+        fs::read_to_string(inside(&attachments.shares[1], "0")).unwrap(),
+        "hosts"
+    );
+    let mounts = plan.agent_mounts(&[]);
+    assert_eq!(mounts[0].share().path, "0");
+    assert_eq!(mounts[1].kernel().file_system, "tmpfs");
+}

@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Writes docs/benchmarks.md from what measure.py printed.
+
+    table.py host|direct < result.json
+"""
+
+import datetime
+import json
+import statistics
+import sys
+
+CASES = {
+    "first_output": "`ctr run`, start to first byte of output",
+    "run_true": "`ctr run --rm … true`, start to end",
+    "exec_true": "`ctr task exec … true` in a running container",
+}
+STAGES = [
+    ("vmm_main", "VMM process runs"),
+    ("vm_created", "KVM has the VM"),
+    ("kernel_loaded", "kernel and image in guest memory"),
+    ("first_instruction", "guest executes"),
+    ("agent_connected", "agent connects"),
+    ("agent_hello", "agent's Hello accepted"),
+    ("ready", "guest configured"),
+    ("container_created", "container made"),
+    ("container_started", "container's process executes"),
+]
+
+
+def percentile(values, share):
+    """The smallest value that at least `share` of all do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * share // 100) - 1)]
+
+
+def rows(result):
+    """One table row per case and runtime."""
+    for case, title in CASES.items():
+        base = statistics.median(result["seconds"][case]["runc"])
+        for runtime, values in result["seconds"][case].items():
+            median = statistics.median(values)
+            yield f"| {title} | {runtime} | {min(values):.3f} | {median:.3f} | {percentile(values, 95):.3f} | {median / base:.2f} |"
+
+
+def main():
+    result = json.load(sys.stdin)
+    place = {
+        "host": "the emulated test host of `tests/host` (QEMU TCG, nested SVM): 10-20 times slower than hardware; only ratios of one run mean something",
+        "direct": "this machine's own KVM",
+    }[sys.argv[1]]
+    host = result["host"]
+    print(f"""# Benchmarks
+
+Written by `make bench` on {datetime.date.today().isoformat()}: {result["rounds"]} rounds, each running every case once with every
+runtime. Measured in {place}.
+Kernel {host["kernel"]}, containerd {host["containerd"]}, runc {host["runc"]}, {host["cpus"]} CPUs, overlayfs snapshotter, image
+`localhost/busybox:1`; runsc with `--platform=systrap --network=none`. Raw figures: [benchmarks.json](benchmarks.json).
+
+## Time, seconds
+
+| case | runtime | min | median | p95 | median / runc |
+|---|---|---|---|---|---|""")
+    print("\n".join(rows(result)))
+    print("""
+## Memory of each further pod, MiB
+
+PSS of shim, VMM and task process (for runsc: shim, sandbox and gofer), guest RAM apart; the pod sleeps, memory limit 64 MiB.
+
+| runtime | host processes | guest RAM touched |
+|---|---|---|""")
+    for runtime, memory in result["memory"].items():
+        print(f"| {runtime} | {memory['pss_kib'] / 1024:.1f} | {memory['guest_kib'] / 1024:.1f} |")
+    print("""
+## Where the time goes: `kata-rs run --rm --timeline=json IMAGE true`, ms since start
+
+| stage | min | median | p95 |
+|---|---|---|---|""")
+    for key, title in STAGES:
+        values = [stages[key] / 1000 for stages in result["timeline_us"] if stages.get(key) is not None]
+        if values:
+            print(f"| {title} | {min(values):.1f} | {statistics.median(values):.1f} | {percentile(values, 95):.1f} |")
+
+
+main()

@@ -1,0 +1,66 @@
+//! Resource limits hold in the guest, and the VM survives who runs into them.
+
+use kata_rs_tests::{BUSYBOX, Container, DEBIAN, RUNTIME, sh, unique};
+
+/// Takes memory until it is killed.
+const BOMB: &str = "a = []\nwhile True: a.append(bytearray(1 << 20))";
+/// ctr's default specification mounts no cgroup file system, and has no cgroup namespace: own limits are below /proc/self/cgroup.
+const CGROUP: &str = "--mount type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro:nosuid:noexec:nodev";
+
+#[test]
+fn a_memory_bomb_is_killed_and_reported_and_the_vm_survives() {
+    let container = Container::start(&format!("--memory-limit 67108864 {CGROUP}"), DEBIAN, "sleep 1000");
+    let id = container.id();
+    let events = format!("/tmp/{}", unique("events"));
+    // The event stream must be open before the bomb goes off.
+    let outcome = sh(&format!(
+        "ctr events > {events} & e=$!; sleep 1; \
+         ctr task exec --exec-id bomb {id} python3 -c '{BOMB}'; echo status=$?; sleep 1; kill $e; cat {events}; rm {events}"
+    ));
+    assert!(outcome.stdout.contains("status=137"), "{outcome:#?}");
+    assert!(outcome.stdout.contains("/tasks/oom"), "{outcome:#?}");
+    assert_eq!(
+        container
+            .exec("cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/memory.max; echo alive")
+            .ok(),
+        "67108864\nalive"
+    );
+}
+
+#[test]
+fn a_container_whose_init_runs_out_of_memory_exits_with_137() {
+    let id = unique("t");
+    let outcome = sh(&format!(
+        "ctr run --rm --runtime io.containerd.kata-rs.v2 --memory-limit 67108864 {DEBIAN} {id} python3 -c '{BOMB}'"
+    ));
+    assert_eq!(outcome.status, 137, "{outcome:#?}");
+}
+
+#[test]
+fn a_fork_bomb_stops_at_the_pids_limit() {
+    // ctr has no flag for it, so the spec is written by hand; its root.path names the root file system, as with Docker.
+    let id = unique("t");
+    let outcome = sh(&format!(
+        r#"mkdir -p /tmp/{id}/rootfs && ctr images mount --rw {BUSYBOX} /tmp/{id}/rootfs >/dev/null &&
+        ctr oci spec | jq '.root.path="/tmp/{id}/rootfs" | .process.terminal=false | .process.args=["sleep","1000"] | .process.env=["PATH=/bin"] | .linux.resources.pids={{"limit":32}} | .linux.cgroupsPath="/default/{id}" | .mounts+=[{{"destination":"/sys/fs/cgroup","type":"cgroup","source":"cgroup","options":["ro"]}}]' > /tmp/{id}/config.json &&
+        ctr run -d --runtime {RUNTIME} --config /tmp/{id}/config.json {id}"#
+    ));
+    outcome.ok();
+    let exec =
+        |name: &str, script: &str| sh(&format!("ctr task exec --exec-id {name} {id} sh -c '{script}'"));
+    let limit = exec(
+        "limit",
+        "cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/pids.max",
+    );
+    let bomb = exec(
+        "bomb",
+        "i=0; while [ $i -lt 100 ]; do sleep 3 & i=$((i+1)); done; wait",
+    );
+    let alive = exec("alive", "echo alive");
+    let _ = sh(&format!(
+        "ctr task kill -s KILL {id}; sleep 1; ctr task rm -f {id}; ctr c rm {id}; ctr images unmount --rm /tmp/{id}/rootfs; rm -r /tmp/{id}"
+    ));
+    assert_eq!(limit.ok(), "32");
+    assert!(bomb.stderr.contains("fork"), "{bomb:#?}");
+    assert_eq!(alive.ok(), "alive");
+}

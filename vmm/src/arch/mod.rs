@@ -1,0 +1,3 @@
+//! What depends on the processor architecture. One so far.
+
+pub mod x86_64;

@@ -1,0 +1,325 @@
+//! virtio-fs (specification section 5.11): host directories, by descriptor, in one tree that the guest mounts.
+//!
+//! This file is the device, its threads, and the handle by which shares come and go. [`tree`] is the file system
+//! that the guest sees, [`table`] which shares it is made of, [`share`] one of them, [`request`] the way of a request
+//! between queue and tree.
+
+mod request;
+mod share;
+mod table;
+#[cfg(test)]
+mod tests;
+mod tree;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use fuse_backend_rs::api::filesystem::FileSystem as _;
+use fuse_backend_rs::api::server::Server;
+use protocol::vmm::CachePolicy;
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::queue::{Chain, DeviceQueue, Violations};
+use super::worker::{Events, Poller, STOP, Workers};
+use super::{ActivateError, Activation, Device, DeviceType};
+use request::Carrier;
+use share::Share;
+use table::{MAX_SHARES, Tree};
+
+/// High priority (forgetting, interrupting) and requests. A request of 1 MiB takes up to 260 descriptors.
+const QUEUE_SIZES: &[u16] = &[128, 512];
+/// How many requests are worked on at a time: one that waits for the host's disk must not hold all others up.
+const THREADS: usize = 2;
+/// How many requests a thread answers before it looks up.
+const TURN: usize = 64;
+/// Length of the tag in the configuration space.
+const TAG: usize = 36;
+
+/// Why a share cannot be added or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    /// The name is empty, too long, or more than one path component.
+    #[error("{name:?} cannot name a share: it must be one path component of 1 to 255 bytes")]
+    Name {
+        /// What was given.
+        name: String,
+    },
+    /// There is a share of that name.
+    #[error("there is a share named {name:?} already: remove it first")]
+    Exists {
+        /// The name.
+        name: String,
+    },
+    /// There is no share of that name.
+    #[error("there is no share named {name:?}")]
+    Absent {
+        /// The name.
+        name: String,
+    },
+    /// Only directories can be shared.
+    #[error("share {name:?} is not a directory: put a file into a directory of its own and share that")]
+    NotADirectory {
+        /// The name.
+        name: String,
+    },
+    /// All places in the tree are taken.
+    #[error("there are {MAX_SHARES} shares already, which is the most: remove one first")]
+    TooMany,
+    /// The host refused.
+    #[error("the host cannot share the directory: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// What a snapshot must hold of the device. What the guest has mounted does not survive one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsState {
+    /// The name under which the guest mounts the tree.
+    pub tag: String,
+}
+
+/// The device.
+pub struct Fs {
+    state: FsState,
+    tree: Arc<Tree>,
+    counters: Arc<Counters>,
+    violations: Arc<Violations>,
+    workers: Workers,
+}
+
+/// Adds and removes shares, at any time, also while the guest has the tree mounted.
+#[derive(Clone)]
+pub struct FsHandle(Arc<Tree>);
+
+#[derive(Default)]
+struct Counters {
+    requests: AtomicU64,
+    bytes_from_guest: AtomicU64,
+    bytes_to_guest: AtomicU64,
+}
+
+impl Fs {
+    /// A device that the guest mounts by `tag`, of which the first 36 bytes count. There is no share yet.
+    #[must_use]
+    pub fn new(tag: &str) -> (Self, FsHandle) {
+        let tree = Arc::<Tree>::default();
+        let handle = FsHandle(tree.clone());
+        let state = FsState { tag: tag.to_owned() };
+        let device = Self {
+            state,
+            tree,
+            counters: Arc::default(),
+            violations: Arc::default(),
+            workers: Workers::default(),
+        };
+        (device, handle)
+    }
+
+    /// What a snapshot must hold.
+    #[must_use]
+    pub fn state(&self) -> FsState {
+        self.state.clone()
+    }
+}
+
+impl FsHandle {
+    /// Shows the directory `root` under `name`. Links in it are followed by the guest, within the guest.
+    ///
+    /// The process must have its own /proc mounted: that is how a directory known by descriptor is opened anew.
+    /// Its umask is cleared, since the guest's requests say which mode they want.
+    ///
+    /// # Errors
+    /// [`ShareError`].
+    pub fn add_share(&self, name: &str, root: OwnedFd, cache: CachePolicy) -> Result<(), ShareError> {
+        if name.is_empty() || name.len() > 255 || name == "." || name == ".." || name.contains(['/', '\0']) {
+            return Err(ShareError::Name {
+                name: name.to_owned(),
+            });
+        }
+        self.0
+            .add(name, |generation| Share::new(name, root, cache, generation))
+    }
+
+    /// Takes a share away. Files that the guest has open stay readable until it closes them; with the last one
+    /// the directory is let go.
+    ///
+    /// # Errors
+    /// [`ShareError::Absent`].
+    pub fn remove_share(&self, name: &str) -> Result<(), ShareError> {
+        self.0.remove(name)
+    }
+}
+
+impl Device for Fs {
+    fn device_type(&self) -> DeviceType {
+        DeviceType::FileSystem
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut space = [0; TAG + 4];
+        let length = self.state.tag.len().min(TAG);
+        space[..length].copy_from_slice(&self.state.tag.as_bytes()[..length]);
+        // One request queue.
+        space[TAG] = 1;
+        super::copy_config(&space, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let queues: [DeviceQueue; 2] = DeviceQueue::take(activation, "fs", &self.violations)?;
+        self.workers = Workers::new()?;
+        let poller = self.workers.poller()?;
+        for (index, queue) in queues.iter().enumerate() {
+            poller.add_event(queue.notify(), index as u64)?;
+        }
+        let memory = queues[0].memory().clone();
+        let server = Arc::new(Server::new(self.tree.clone()));
+        let shared = Arc::new(Shared {
+            queues: queues.map(Mutex::new),
+            poller,
+            idle: AtomicUsize::new(0),
+            counters: self.counters.clone(),
+        });
+        for number in 0..THREADS {
+            let shared = shared.clone();
+            let carrier = Carrier::new(server.clone(), &memory)?;
+            self.workers.spawn(&format!("fs{number}"), move || {
+                keep_capabilities();
+                shared.run(carrier);
+            })?;
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.workers.stop();
+        // The driver is gone, and with it everything that it had looked up and opened.
+        self.tree.destroy();
+    }
+
+    fn counters(&self) -> Vec<(String, u64)> {
+        [
+            ("requests", self.counters.requests.load(Ordering::Relaxed)),
+            (
+                "bytes_from_guest",
+                self.counters.bytes_from_guest.load(Ordering::Relaxed),
+            ),
+            (
+                "bytes_to_guest",
+                self.counters.bytes_to_guest.load(Ordering::Relaxed),
+            ),
+            ("violations", self.violations.count()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into()
+    }
+}
+
+/// Lets this thread keep its capabilities when it acts as another user.
+///
+/// Files are made as the guest's user so that they belong to it. Whether that user may make them is the guest
+/// kernel's decision (`default_permissions`): it knows groups and capabilities that are not in the request. The
+/// host, asked a second time without these, would refuse what the guest has allowed.
+fn keep_capabilities() {
+    const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
+    // SAFETY: prctl(2) with these operations reads and changes only this thread's credentials.
+    unsafe {
+        let bits = libc::prctl(libc::PR_GET_SECUREBITS);
+        if bits >= 0 {
+            // Not permitted without CAP_SETPCAP. The jail then has set it before it dropped that; without it,
+            // files in directories that are open to a supplementary group only cannot be made.
+            libc::prctl(
+                libc::PR_SET_SECUREBITS,
+                bits as libc::c_ulong | SECBIT_NO_SETUID_FIXUP,
+            );
+        }
+    }
+}
+
+/// What the threads share.
+struct Shared {
+    queues: [Mutex<DeviceQueue>; 2],
+    poller: Poller,
+    /// How many threads wait.
+    idle: AtomicUsize,
+    counters: Arc<Counters>,
+}
+
+impl Shared {
+    fn run(&self, mut carrier: Carrier) {
+        let mut events = Events::default();
+        let mut chain = Chain::default();
+        loop {
+            for index in 0..self.queues.len() {
+                // Bounded, so that a busy queue delays neither the other one nor the order to stop for long.
+                for _ in 0..TURN {
+                    if !self.take(index, &mut chain) {
+                        break;
+                    }
+                    self.answer(index, &mut carrier, &chain);
+                }
+            }
+            // First idle, then looking: a thread that takes a request and leaves another sees this one idle, or
+            // this one sees the other request.
+            self.idle.fetch_add(1, Ordering::SeqCst);
+            let more = (0..self.queues.len()).any(|index| self.lock(index).rearm());
+            let result = self.poller.wait(&mut events, !more);
+            self.idle.fetch_sub(1, Ordering::SeqCst);
+            match result {
+                Ok(events) if events.iter().all(|event| event.data() != STOP) => {}
+                _ => return,
+            }
+        }
+    }
+
+    fn answer(&self, index: usize, carrier: &mut Carrier, chain: &Chain) {
+        let result = carrier.carry(chain);
+        let mut queue = self.lock(index);
+        let written = result.unwrap_or_else(|error| {
+            queue.violation(&error);
+            0
+        });
+        queue.push(chain.head(), written);
+        queue.interrupt();
+        drop(queue);
+        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        self.counters
+            .bytes_from_guest
+            .fetch_add(chain.readable_length() as u64, Ordering::Relaxed);
+        self.counters
+            .bytes_to_guest
+            .fetch_add(written as u64, Ordering::Relaxed);
+    }
+
+    /// Takes the next request of a queue, and sees to it that another thread takes what follows.
+    fn take(&self, index: usize, chain: &mut Chain) -> bool {
+        let mut queue = self.lock(index);
+        loop {
+            let taken = queue.pop(chain);
+            let more = queue.rearm();
+            if taken {
+                if more && self.idle.load(Ordering::SeqCst) > 0 {
+                    // The driver has notified once for all of them. A failure means that it is signalled already.
+                    let _ = queue.notify().write(1);
+                }
+                return true;
+            }
+            if !more {
+                return false;
+            }
+        }
+    }
+
+    fn lock(&self, index: usize) -> MutexGuard<'_, DeviceQueue> {
+        self.queues[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

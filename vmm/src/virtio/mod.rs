@@ -1,0 +1,190 @@
+//! The contract between a virtio device and its transport (Virtual I/O Device specification 1.3).
+//!
+//! A device describes itself, answers its configuration space, and gets its queues when the driver sets
+//! `DRIVER_OK`. The transport ([`mmio`]) owns registers, feature negotiation and queue set-up. Devices never
+//! see registers; transports never look into queues.
+
+pub mod mmio;
+
+pub mod balloon;
+pub mod block;
+pub mod console;
+pub mod fs;
+pub mod queue;
+pub mod rng;
+#[cfg(test)]
+mod test_driver;
+pub mod vsock;
+pub mod worker;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestMemory;
+
+/// Device types by number (specification section 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum DeviceType {
+    /// Section 5.2.
+    Block = 2,
+    /// Section 5.3.
+    Console = 3,
+    /// Section 5.4.
+    Entropy = 4,
+    /// Section 5.5.
+    Balloon = 5,
+    /// Section 5.10.
+    Vsock = 19,
+    /// Section 5.11.
+    FileSystem = 26,
+}
+
+/// A virtio device.
+///
+/// Implementations keep their state in a plain serde struct apart from threads and descriptors.
+pub trait Device: Send {
+    /// What the driver finds in `DeviceID`.
+    fn device_type(&self) -> DeviceType;
+
+    /// Largest size of each virtqueue; its length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Feature bits offered, without the transport's (`VIRTIO_F_VERSION_1` is added by the transport).
+    fn features(&self) -> u64;
+
+    /// Reads the device configuration space at `offset`. Bytes past its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device configuration space. Writes to read-only or absent fields are ignored.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Takes the queues and begins to serve them. Called once between resets.
+    ///
+    /// # Errors
+    /// When the device cannot serve what the driver set up; the transport then sets `DEVICE_NEEDS_RESET`.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops serving, finishes or drops what is in flight, and gives the queues up. After it the device can be
+    /// activated again. Also called before the VM is dropped.
+    fn reset(&mut self);
+
+    /// Counters since creation, by name, for the metrics report.
+    fn counters(&self) -> Vec<(String, u64)> {
+        Vec::new()
+    }
+}
+
+/// Reads `data.len()` bytes at `offset` of a configuration space. Bytes past its end read as zero.
+fn copy_config(space: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let start = usize::try_from(offset).unwrap_or(usize::MAX).min(space.len());
+    let length = data.len().min(space.len() - start);
+    data[..length].copy_from_slice(&space[start..start + length]);
+}
+
+/// What a device gets at `DRIVER_OK`.
+pub struct Activation {
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// The feature bits that both sides agreed on.
+    pub features: u64,
+    /// The queues in order, each with the event that the driver's notification signals.
+    pub queues: Vec<ActiveQueue>,
+    /// How to interrupt the driver.
+    pub interrupt: Interrupt,
+}
+
+/// A virtqueue that the driver has set up and the transport has validated.
+pub struct ActiveQueue {
+    /// The split virtqueue.
+    pub queue: Queue,
+    /// Signalled by KVM (ioeventfd) when the driver writes `QueueNotify` for this queue.
+    pub notify: EventFd,
+}
+
+/// Why a device could not be activated.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The driver set up another number of queues than the device has.
+    #[error("the driver set up {found} queues, the device has {expected}")]
+    Queues {
+        /// How many the device has.
+        expected: usize,
+        /// How many were set up.
+        found: usize,
+    },
+    /// The host refused a thread, a descriptor or an io_uring.
+    #[error("the host cannot start the device: {0}")]
+    Host(#[from] std::io::Error),
+}
+
+/// Interrupts the driver (specification section 4.2.2, `InterruptStatus`).
+#[derive(Clone)]
+pub struct Interrupt {
+    status: Arc<AtomicU32>,
+    generation: Arc<AtomicU32>,
+    line: Arc<EventFd>,
+}
+
+impl Interrupt {
+    /// `InterruptStatus` bit 0: the device has used a buffer.
+    pub const USED: u32 = 1;
+    /// `InterruptStatus` bit 1: the configuration space has changed.
+    pub const CONFIG: u32 = 2;
+
+    /// An interrupt that raises `line`, an irqfd.
+    #[must_use]
+    pub fn new(line: EventFd) -> Self {
+        Self {
+            status: Arc::default(),
+            generation: Arc::default(),
+            line: Arc::new(line),
+        }
+    }
+
+    /// Tells the driver that buffers were used.
+    pub fn used(&self) {
+        self.raise(Self::USED);
+    }
+
+    /// Tells the driver that the configuration space has changed.
+    pub fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::Release);
+        self.raise(Self::CONFIG);
+    }
+
+    /// The bits of `InterruptStatus`.
+    #[must_use]
+    pub fn status(&self) -> u32 {
+        self.status.load(Ordering::Acquire)
+    }
+
+    /// The driver wrote `InterruptACK`.
+    pub fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::AcqRel);
+    }
+
+    /// `ConfigGeneration`.
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Raises the line once more if the driver has not acknowledged everything: for an interrupt controller
+    /// that dropped the signal.
+    pub fn signal_if_pending(&self) {
+        if self.status() != 0 {
+            let _ = self.line.write(1);
+        }
+    }
+
+    fn raise(&self, bit: u32) {
+        self.status.fetch_or(bit, Ordering::AcqRel);
+        // An eventfd write fails only when its 64-bit counter is full: the interrupt is pending then anyway.
+        let _ = self.line.write(1);
+    }
+}
