@@ -12,7 +12,7 @@ SHELL := /bin/bash
 
 BINARIES := kata-rs containerd-shim-kata-rs-v2 kata-rs-vmm kata-rs-task kata-rs-agent kata-rs-image
 
-.PHONY: help setup build kernel image stage install demo test unit e2e lint endurance bench host clean
+.PHONY: help setup build kernel image stage install demo test unit e2e lint bench host clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,9 +66,6 @@ unit: setup ## Unit and integration tests that need no Linux guest
 e2e: stage ## End-to-end suites with real guests
 	@mkdir -p target/test-logs
 	@tests/e2e-run 2>&1 | tee target/test-logs/e2e.log
-
-endurance: stage ## A hundred containers one after the other: no failure, no leak, no growth
-	@tests/e2e-run --include-ignored a_hundred_cycles
 
 bench: stage ## Measure against runc and runsc, side by side; writes docs/benchmarks.md
 	@tests/bench/run

@@ -133,6 +133,7 @@ pub fn prepare_guest() -> Result<(), BootError> {
     make_directory(STATE)?;
     prepare_cgroups()?;
     bring_up_loopback()?;
+    overcommit_memory()?;
     protect_agent()
 }
 
@@ -183,6 +184,12 @@ fn prepare_cgroups() -> Result<(), BootError> {
         )?;
     }
     Ok(())
+}
+
+/// Programs reserve more than they use. On a host the kernel's heuristic lets them, since it measures by all of the
+/// host's memory; a guest has little, and containers have limits of their own (proc_sys_vm(5)).
+fn overcommit_memory() -> Result<(), BootError> {
+    write("/proc/sys/vm/overcommit_memory", "1")
 }
 
 /// The guest's last process to be killed for want of memory; containers have their own score.

@@ -29,6 +29,9 @@ pub enum TaskApi {
     V3,
 }
 
+/// The guest kernel's CONFIG_NR_CPUS.
+pub(crate) const MOST_VCPUS: u8 = 64;
+
 /// How this host runs its VMs.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -42,7 +45,7 @@ pub struct Config {
     #[serde(deserialize_with = "absolute")]
     task: PathBuf,
     kernel_params: String,
-    #[serde(deserialize_with = "in_range::<_, u8, 1, 254>")]
+    #[serde(deserialize_with = "in_range::<_, u8, 1, { MOST_VCPUS as i64 }>")]
     default_vcpus: u8,
     #[serde(deserialize_with = "in_range::<_, u32, 128, 16_777_216>")]
     default_memory_mib: u32,
@@ -196,7 +199,7 @@ impl Config {
         &self.kernel_params
     }
 
-    /// vCPUs of a VM whose containers have no CPU limit, and the least of any VM: 1–254.
+    /// vCPUs of a VM whose containers have no CPU limit, and the least of any VM: 1–64.
     #[must_use]
     pub fn default_vcpus(&self) -> u8 {
         self.default_vcpus
@@ -313,7 +316,7 @@ mod tests {
             error.contains(":1: `default_vcpus = 0`: 0 is out of range"),
             "{error}"
         );
-        assert!(error.contains("from 1 to 254"), "{error}");
+        assert!(error.contains("from 1 to 64"), "{error}");
         assert!(refused("default_memory_mib = 64").contains("from 128"));
         assert!(refused("hello_timeout_s = -1").contains("-1 is out of range"));
         assert!(

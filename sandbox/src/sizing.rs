@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use oci_spec::runtime::{LinuxResources, Spec};
 
-use crate::config::Config;
+use crate::config::{Config, MOST_VCPUS};
 use crate::error::ErrorKind;
 
 /// vCPUs and memory of a VM.
@@ -154,10 +154,11 @@ impl Limits {
         Ok(limits)
     }
 
+    /// A limit beyond the host's CPUs is no limit; what the configuration gives every VM is its writer's choice.
     fn vcpus(self, config: &Config, host: Host) -> u8 {
-        let wanted = self.cpus.unwrap_or(0).max(config.default_vcpus().into());
-        let most = u64::from(host.cpus.max(1)).min(254);
-        u8::try_from(wanted.min(most)).expect("at most 254")
+        let limit = self.cpus.unwrap_or(0).min(host.cpus.into());
+        let wanted = limit.max(config.default_vcpus().into());
+        u8::try_from(wanted).unwrap_or(MOST_VCPUS).min(MOST_VCPUS)
     }
 
     /// A limit beyond the host's memory is no limit: the VM ends where the host does.

@@ -52,6 +52,8 @@ pub struct SandboxSpec {
     pub netns: Netns,
     /// Where on the host the VM's resource use is counted: `linux.cgroupsPath`.
     pub cgroups_path: Option<PathBuf>,
+    /// The VMM's `oom_score_adj`, -1000 to 1000 (proc_pid_oom_score_adj(5)).
+    pub oom_score_adj: i32,
     /// The pod's sysctls, by dotted or slashed name.
     pub sysctls: BTreeMap<String, String>,
     /// Size in bytes of a /dev/shm that the pod's containers share; 0 when each has its own.
@@ -77,6 +79,11 @@ impl SandboxSpec {
                 .linux()
                 .as_ref()
                 .and_then(|linux| linux.cgroups_path().clone()),
+            oom_score_adj: spec
+                .process()
+                .as_ref()
+                .and_then(|process| process.oom_score_adj())
+                .unwrap_or(0),
             sysctls: BTreeMap::new(),
             shm_bytes: crate::storage::shm_bytes(spec),
             shared_pid_namespace: false,

@@ -238,6 +238,7 @@ pub(crate) fn launch(spec: &SandboxSpec, config: &Config, started_ns: u64) -> Re
     let kernel = boot_files::open_kernel(config.kernel())?;
     let (image, image_kind) = boot_files::open_image(config.guest_image())?;
     let (vm, vsock, vsock_theirs) = spawn(config.vmm(), &spec.id)?;
+    set_oom_score(vm.pid(), spec.oom_score_adj);
 
     let mut fds = FdList::default();
     let mut blocks = Vec::new();
@@ -302,6 +303,14 @@ pub(crate) fn launch(spec: &SandboxSpec, config: &Config, started_ns: u64) -> Re
         configured,
         booted,
     })
+}
+
+/// Gives the VMM its share of the host's out-of-memory killer's attention. What this process has of it (containerd
+/// protects its shims) is not for the memory of a guest: it would make the kernel kill others first.
+fn set_oom_score(vmm: u32, score: i32) {
+    if let Err(error) = std::fs::write(format!("/proc/{vmm}/oom_score_adj"), score.to_string()) {
+        tracing::warn!(vmm, score, %error, "the VMM's oom_score_adj was not set");
+    }
 }
 
 /// Serial of the n-th slot that can be filled.

@@ -1,9 +1,6 @@
 //! `kata-rs` by hand, without containerd: run, exec, ps, logs, kill, rm, check.
 
-use kata_rs_tests::{LeakCheck, sh, sh_with_input, unique};
-
-/// Where the test images lie as files.
-const IMAGES: &str = "/var/lib/kata-rs-test/images";
+use kata_rs_tests::{IMAGES, LeakCheck, sh, sh_with_input, unique};
 
 fn run(options: &str, command: &str) -> kata_rs_tests::Outcome {
     sh(&format!(
@@ -41,14 +38,14 @@ fn run_sets_cpus_memory_environment_user_directory_and_volumes() {
     let id = unique("volume");
     let outcome = sh(&format!(
         "mkdir -p /tmp/{id} && echo from-host > /tmp/{id}/file; \
-         kata-rs run --rm --cpus 2 --memory 256m -e COLOUR=green -u 12:34 -w /tmp -v /tmp/{id}:/data:ro {IMAGES}/busybox.oci.tar \
-           sh -c 'nproc; echo $COLOUR; id -u; id -g; pwd; cat /data/file; cat /sys/fs/cgroup/memory.max; touch /data/x 2>/dev/null || echo refused'; \
+         kata-rs run --rm --cpus 0.5 --memory 256m -e COLOUR=green -u 12:34 -w /tmp -v /tmp/{id}:/data:ro {IMAGES}/busybox.oci.tar \
+           sh -c 'cat /sys/fs/cgroup/cpu.max; echo $COLOUR; id -u; id -g; pwd; cat /data/file; cat /sys/fs/cgroup/memory.max; touch /data/x 2>/dev/null || echo refused'; \
          rm -r /tmp/{id}"
     ));
     assert_eq!(
         outcome.ok().lines().collect::<Vec<_>>(),
         [
-            "2",
+            "50000 100000",
             "green",
             "12",
             "34",
@@ -58,6 +55,15 @@ fn run_sets_cpus_memory_environment_user_directory_and_volumes() {
             "refused"
         ]
     );
+}
+
+#[test]
+fn the_configuration_can_give_every_vm_several_cpus() {
+    let file = format!("/tmp/{}.toml", unique("config"));
+    let outcome = sh(&format!(
+        "echo 'default_vcpus = 3' > {file}; kata-rs run --rm --config {file} {IMAGES}/busybox.oci.tar nproc; s=$?; rm {file}; exit $s"
+    ));
+    assert_eq!(outcome.ok(), "3");
 }
 
 #[test]

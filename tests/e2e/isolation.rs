@@ -53,3 +53,10 @@ fn the_guests_clock_is_the_hosts_at_start() {
         .collect();
     assert!(times[0] <= times[1] && times[1] <= times[2], "{times:?}");
 }
+
+#[test]
+fn the_hosts_oom_killer_sees_a_vm_as_any_container() {
+    // containerd protects its shims; that must not reach the guest's memory.
+    let _container = Container::start("", BUSYBOX, "sleep 1000");
+    assert_eq!(sh("cat /proc/$(pgrep -n kata-rs-vmm)/oom_score_adj").ok(), "0");
+}

@@ -28,12 +28,45 @@ fn a_memory_bomb_is_killed_and_reported_and_the_vm_survives() {
 }
 
 #[test]
+fn memory_can_be_reserved_beyond_what_the_vm_has() {
+    let id = unique("t");
+    let outcome = sh(&format!(
+        "ctr run --rm --runtime {RUNTIME} --memory-limit 67108864 {DEBIAN} {id} \
+         python3 -c 'import mmap; print(len(mmap.mmap(-1, 8 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)))'"
+    ));
+    assert_eq!(outcome.ok(), "8589934592");
+}
+
+#[test]
 fn a_container_whose_init_runs_out_of_memory_exits_with_137() {
     let id = unique("t");
     let outcome = sh(&format!(
         "ctr run --rm --runtime io.containerd.kata-rs.v2 --memory-limit 67108864 {DEBIAN} {id} python3 -c '{BOMB}'"
     ));
     assert_eq!(outcome.status, 137, "{outcome:#?}");
+}
+
+#[test]
+fn a_cpu_quota_holds() {
+    let container = Container::start(
+        &format!("--cpu-quota 20000 --cpu-period 100000 {CGROUP}"),
+        BUSYBOX,
+        "sh -c 'while :; do :; done'",
+    );
+    // Both clocks are the guest's: used CPU time and uptime, in ms.
+    let readings = container.exec(
+        "cd /sys/fs/cgroup$(cut -d: -f3 /proc/1/cgroup); cat cpu.max; \
+         now() { awk \"{print int(\\$1 * 1000)}\" /proc/uptime; awk \"/^usage_usec/{print int(\\$2 / 1000)}\" cpu.stat; }; \
+         now; sleep 5; now",
+    );
+    let lines: Vec<&str> = readings.ok().lines().collect();
+    assert_eq!(lines[0], "20000 100000", "{readings:#?}");
+    let numbers: Vec<u64> = lines[1..].iter().map(|line| line.parse().unwrap()).collect();
+    let (elapsed, used) = (numbers[2] - numbers[0], numbers[3] - numbers[1]);
+    assert!(
+        used > 0 && used * 100 < elapsed * 35,
+        "a quota of 20 % let {used} ms of {elapsed} ms through"
+    );
 }
 
 #[test]

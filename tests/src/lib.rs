@@ -11,8 +11,15 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub const BUSYBOX: &str = "localhost/busybox:1";
 /// The large test image: Debian with procps, python3 and nginx.
 pub const DEBIAN: &str = "localhost/debian:13";
+/// Where the test images lie as files.
+pub const IMAGES: &str = "/var/lib/kata-rs-test/images";
 /// containerd's name of our runtime.
 pub const RUNTIME: &str = "io.containerd.kata-rs.v2";
+
+/// After this long a script is taken to hang: it is ended, so that the tests after it run.
+const HANG_SECONDS: u32 = 300;
+/// timeout(1)'s exit status when it ended the command.
+const TIMED_OUT: i32 = 124;
 
 /// What a command did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +47,7 @@ impl Outcome {
 
 /// Runs a shell script (`sh -c`) where the containers run.
 #[must_use]
+#[track_caller]
 pub fn sh(script: &str) -> Outcome {
     sh_with_input(script, b"")
 }
@@ -47,18 +55,20 @@ pub fn sh(script: &str) -> Outcome {
 /// Runs a shell script with these bytes on its standard input.
 ///
 /// # Panics
-/// When the command cannot be started.
+/// When the command cannot be started, or hangs: no script here takes [`HANG_SECONDS`] on the slowest machine.
 #[must_use]
+#[track_caller]
 pub fn sh_with_input(script: &str, input: &[u8]) -> Outcome {
     let mut command = if std::env::var("KATA_RS_TARGET").as_deref() == Ok("direct") {
-        Command::new("sh")
+        Command::new("timeout")
     } else {
         let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/host/run"));
-        command.args(["--", "sh"]);
+        command.args(["--", "timeout"]);
         command
     };
+    let limit = HANG_SECONDS.to_string();
     let mut child = command
-        .args(["-c", script])
+        .args([&limit, "sh", "-c", script])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -72,13 +82,18 @@ pub fn sh_with_input(script: &str, input: &[u8]) -> Outcome {
     });
     let output = child.wait_with_output().expect("the command ends");
     writer.join().expect("the writer does not panic");
-    Outcome {
+    let outcome = Outcome {
         status: output.status.code().unwrap_or_else(|| {
             128 + std::os::unix::process::ExitStatusExt::signal(&output.status).unwrap_or_default()
         }),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-    }
+    };
+    assert!(
+        outcome.status != TIMED_OUT,
+        "a script did not come to its end within {HANG_SECONDS} s:\n{script}\n{outcome:#?}"
+    );
+    outcome
 }
 
 /// A container id that no other test uses.
@@ -144,10 +159,17 @@ impl Drop for Container {
 pub struct LeakCheck(String);
 
 impl LeakCheck {
-    /// Remembers what is there now.
+    /// Remembers what is there now. What the first container on a host makes and later ones use (unpacked images,
+    /// parent cgroups) is made before.
     #[track_caller]
     #[must_use]
     pub fn begin() -> Self {
+        let _ = sh(&format!(
+            "set -e; warm=/run/kata-rs-test-warm; [ ! -e $warm ] || exit 0; \
+             ctr run --rm --runtime {RUNTIME} {BUSYBOX} {} true; kata-rs run --rm {IMAGES}/busybox.oci.tar true; touch $warm",
+            unique("warm")
+        ))
+        .ok();
         let file = format!("/run/kata-rs-leaks-{}", unique("s"));
         let _ = sh(&format!("kata-rs-test-leaks snapshot {file}")).ok();
         Self(file)

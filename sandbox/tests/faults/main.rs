@@ -160,6 +160,7 @@ fn spec(scenario: &str) -> SandboxSpec {
         hostname: None,
         netns: Netns::Host,
         cgroups_path: None,
+        oom_score_adj: 0,
         sysctls: std::collections::BTreeMap::new(),
         shm_bytes: 0,
         shared_pid_namespace: false,
