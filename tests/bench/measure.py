@@ -152,6 +152,12 @@ def timeline():
     return stages | {f"container_{key}": value for key, value in container.items() if value is not None}
 
 
+def cpu_model():
+    """The processor's own name."""
+    with open("/proc/cpuinfo") as file:
+        return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+
+
 def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
     if rounds < 1:
@@ -178,6 +184,9 @@ def main():
         "containerd": ctr("version").split("Version:")[1].split()[0],
         "runc": subprocess.run(["runc", "--version"], capture_output=True, text=True).stdout.split()[2],
         "cpus": os.cpu_count(),
+        "cpu": cpu_model(),
+        "command_line": open("/proc/cmdline").read().strip(),
+        "guest_kernel": ctr("run", "--rm", *runtimes["kata-rs"], IMAGE, "bench-uname", "uname", "-r").strip(),
     }
     print(
         json.dumps(

@@ -40,6 +40,8 @@ def rows(result):
         for runtime, values in result["seconds"][case].items():
             median = statistics.median(values)
             yield f"| {title} | {runtime} | {min(values):.3f} | {median:.3f} | {percentile(values, 95):.3f} | {median / base:.2f} |"
+    boots = [(stages["agent_hello"] - stages["vmm_spawned"]) / 1e6 for stages in result["timeline_us"]]
+    yield f"| VMM spawned to the agent's Hello | kata-rs | {min(boots):.3f} | {statistics.median(boots):.3f} | {percentile(boots, 95):.3f} | |"
 
 
 def main():
@@ -53,8 +55,10 @@ def main():
 
 Written by `make bench` on {datetime.date.today().isoformat()}: {result["rounds"]} rounds, each running every case once with every
 runtime. Measured in {place}.
-Kernel {host["kernel"]}, containerd {host["containerd"]}, runc {host["runc"]}, {host["cpus"]} CPUs, overlayfs snapshotter, image
-`localhost/busybox:1`; runsc with `--platform=systrap --network=none`. Raw figures: [benchmarks.json](benchmarks.json).
+Host: Linux {host["kernel"]} on {host["cpus"]} CPU(s) ({host["cpu"]}), containerd {host["containerd"]}, runc {host["runc"]}; guest: Linux
+{host["guest_kernel"]}. Image `localhost/busybox:1`, overlayfs snapshotter; runsc with `--platform=systrap --network=none`; kata-rs with the
+defaults of its configuration. The host's kernel command line: `{host["command_line"]}`.
+Raw figures: [benchmarks.json](benchmarks.json).
 
 ## Time, seconds
 

@@ -18,6 +18,9 @@ from pathlib import Path
 from . import build, cache, channel, machine
 from .errors import HostError
 
+# What `make stage` leaves: a host that is started here gets it, so that it runs the fresh binaries.
+_STAGE = Path(__file__).resolve().parents[3] / "target" / "stage"
+_INSTALL = f"copy this directory tree over the host's root first (default for a host that this starts: {_STAGE}, once `make stage` has made it)"
 _COPY = re.compile(r"(?P<source>.+?)(?::(?P<target>/.*))?", re.DOTALL)
 
 
@@ -69,12 +72,13 @@ def _build() -> int:
 def _up() -> int:
     parser = _with_name(_parser("up", "Start a host that stays; tests/host/run uses it from then on."))
     parser.add_argument("--fresh", action="store_true", help="boot it instead of restoring the saved one")
-    parser.add_argument("--install", metavar="STAGE", type=_directory, help="copy this directory tree over the host's root")
+    parser.add_argument("--install", metavar="STAGE", type=_directory, help=_INSTALL)
     options = parser.parse_args()
     if host := machine.find(options.name, wait=True):
         cache.say(f"{options.name} is running already, since {time.strftime('%H:%M', time.localtime(host.record.started))}")
     else:
         host = _start(options.name, options.fresh, background=True)
+        options.install = options.install or _staged()
     if options.install:
         host.carry_in(_tree(options.install))
     print(f"test host {host.record.name}: {host.record.how}, accelerator {host.record.accelerator}, QEMU process {host.record.pid}")
@@ -126,7 +130,7 @@ def _run() -> int:
     parser.add_argument("--private", action="store_true", help="restore a host for this command, whatever is running")
     parser.add_argument("--keep", action="store_true", help="leave the host running afterwards, as tests/host/up does")
     parser.add_argument("--copy", action="append", default=[], type=_copy, metavar="FILE[:GUESTPATH]", help="carry a file or directory in first (default: to /root/)")
-    parser.add_argument("--install", metavar="STAGE", type=_directory, help="copy this directory tree over the host's root first")
+    parser.add_argument("--install", metavar="STAGE", type=_directory, help=_INSTALL)
     parser.add_argument("-t", "--tty", action="store_true", help="give COMMAND a terminal; standard input must be one")
     parser.add_argument("command", nargs="+", metavar="COMMAND")
     arguments = sys.argv[1:]
@@ -144,12 +148,17 @@ def _run() -> int:
             host = _start(name, options.fresh, background=options.keep)
             if not options.keep:
                 cleanup.enter_context(host)
+            options.install = options.install or _staged()
         if options.install or options.copy:
             host.carry_in(_all([*([_tree(options.install)] if options.install else []), *options.copy]))
         ended = channel.interactive(host.port, options.command, options.tty)
     if ended.error:
         print(f"tests/host/run: {ended.error}", file=sys.stderr)
     return ended.status
+
+
+def _staged() -> Path | None:
+    return _STAGE if _STAGE.is_dir() else None
 
 
 def _start(name: str, fresh: bool, background: bool) -> machine.Host:
