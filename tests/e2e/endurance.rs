@@ -1,18 +1,25 @@
 //! Many containers, one after the other and at once: no failure, no leak, no growth.
 
+use std::collections::BTreeMap;
+
 use kata_rs_tests::{BUSYBOX, LeakCheck, RUNTIME, sh, unique};
 
-/// containerd's open descriptors and resident KiB.
-fn containerd() -> (u64, u64) {
-    let text =
-        sh("p=$(pgrep -xo containerd); ls /proc/$p/fd | wc -l; awk '/^VmRSS/{print $2}' /proc/$p/status");
-    let numbers: Vec<u64> = text
-        .ok()
-        .lines()
-        .map(|line| line.trim().parse().unwrap())
-        .collect();
-    (numbers[0], numbers[1])
+/// The leak checker's figures of the host and of containerd.
+fn figures() -> BTreeMap<String, i64> {
+    serde_json::from_str(sh("kata-rs-test-leaks figures").ok()).unwrap()
 }
+
+/// How much each figure may grow over a hundred containers: less than one of a thing per container, and less memory
+/// than a process or a cgroup of each would keep.
+const ALLOWED: [(&str, i64); 7] = [
+    ("open_files", 64),
+    ("processes", 10),
+    ("slab_unreclaimable_kib", 16 << 10),
+    ("shared_memory_kib", 1 << 10),
+    ("containerd_open_files", 10),
+    ("containerd_threads", 10),
+    ("containerd_resident_kib", 32 << 10),
+];
 
 #[test]
 fn a_hundred_cycles_leave_nothing_and_grow_nothing() {
@@ -25,24 +32,23 @@ fn a_hundred_cycles_leave_nothing_and_grow_nothing() {
     // The first ones warm caches and pools up.
     cycle(1, 10).ok();
     let leaks = LeakCheck::begin();
-    let before = containerd();
+    let before = figures();
     for start in (11..=110).step_by(20) {
         cycle(start, start + 19).ok();
     }
-    let after = containerd();
-    assert!(
-        after.0 <= before.0 + 5,
-        "containerd's descriptors grew from {} to {}",
-        before.0,
-        after.0
-    );
-    assert!(
-        after.1 <= before.1 + before.1 / 2,
-        "containerd's memory grew from {} to {} KiB",
-        before.1,
-        after.1
-    );
     leaks.nothing_left();
+    let after = figures();
+    println!("before {before:?}\nafter  {after:?}");
+    for (name, allowed) in ALLOWED {
+        assert!(
+            after[name] <= before[name] + allowed,
+            "{name} grew by more than {allowed}: before {before:?}, after {after:?}"
+        );
+    }
+    assert!(
+        after["available_kib"] >= before["available_kib"] - (64 << 10),
+        "the host has less memory: before {before:?}, after {after:?}"
+    );
 }
 
 #[test]
@@ -61,7 +67,11 @@ fn twenty_vms_run_at_once() {
          for i in $(seq 20); do remove {prefix}-$i & done; wait; ctr task ls -q | grep -c {prefix}"
     ));
     assert_eq!(
-        (started.stderr.as_str(), running.stdout.as_str(), removed.stdout.as_str()),
+        (
+            started.stderr.as_str(),
+            running.stdout.as_str(),
+            removed.stdout.as_str()
+        ),
         ("", "20\n20\n", "0\n"),
         "{started:#?} {running:#?} {removed:#?}"
     );
