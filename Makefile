@@ -61,7 +61,7 @@ lint: setup ## rustfmt and clippy, warnings denied
 
 unit: setup ## Unit and integration tests that need no Linux guest
 	@mkdir -p target/test-logs
-	@cargo test --workspace --exclude kata-rs-tests --locked 2>&1 | tee target/test-logs/unit.log
+	@cargo test --workspace --exclude kata-rs-tests --locked -- --show-output 2>&1 | tee target/test-logs/unit.log
 
 e2e: stage ## End-to-end suites with real guests
 	@mkdir -p target/test-logs

@@ -11,7 +11,7 @@ use crate::api::{
     SandboxExit, SandboxExitCause, Status,
 };
 use crate::config::Config;
-use crate::container::{Freezer, Stage};
+use crate::container::{Freezer, Phase, Stage};
 use crate::error::{Error, ErrorKind};
 use crate::events::{Event, EventSender, Events};
 use crate::pod::{Pod, lock};
@@ -99,12 +99,15 @@ impl Sandbox {
     /// Everything known about a process.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`].
+    /// [`ErrorKind::NotFound`], also while its container is being made.
     #[expect(clippy::unused_async, reason = "one shape for all calls")]
     pub async fn state(&self, process: &ProcessId) -> Result<ProcessState, Error> {
         let containers = self.pod().containers();
-        let (container, process) = containers.process(process)?;
-        Ok(container.state(process))
+        let (container, found) = containers.process(process)?;
+        if container.phase == Phase::Making {
+            return Err(Error::NoProcess(process.clone()));
+        }
+        Ok(container.state(found))
     }
 
     /// Sends a signal (its number on Linux) to a process, or to all processes of its container.

@@ -60,3 +60,14 @@ fn the_hosts_oom_killer_sees_a_vm_as_any_container() {
     let _container = Container::start("", BUSYBOX, "sleep 1000");
     assert_eq!(sh("cat /proc/$(pgrep -n kata-rs-vmm)/oom_score_adj").ok(), "0");
 }
+
+#[test]
+fn a_vm_is_counted_in_its_containers_cgroup() {
+    let container = Container::start("", BUSYBOX, "sleep 1000");
+    let cgroup = sh("cat /proc/$(pgrep -n kata-rs-vmm)/cgroup");
+    assert!(
+        cgroup.ok().contains(container.id()),
+        "the VMM of {} is in {cgroup:#?}",
+        container.id()
+    );
+}

@@ -207,3 +207,22 @@ fn a_hundred_execs_leave_nothing_in_the_guest() {
     .ok();
     assert_eq!(container.exec(count).ok(), before);
 }
+
+#[test]
+fn containers_of_one_group_share_a_vm_that_outlives_the_first() {
+    let leaks = LeakCheck::begin();
+    let group = format!("--annotation io.containerd.runc.v2.group={}", unique("group"));
+    let first = Container::start(&group, BUSYBOX, "sleep 1000");
+    let second = Container::start(&group, BUSYBOX, "sleep 1000");
+    let boot_id = "cat /proc/sys/kernel/random/boot_id";
+    assert_eq!(first.exec(boot_id).ok(), second.exec(boot_id).ok());
+    assert_eq!(
+        second.exec("set -- /proc/[0-9]*; echo $#").ok(),
+        "2",
+        "pids are each container's own"
+    );
+    drop(first);
+    assert_eq!(second.exec("echo alive").ok(), "alive");
+    drop(second);
+    leaks.nothing_left();
+}

@@ -49,6 +49,7 @@ tests![
     a_failed_hook_undoes_the_container,
     the_vm_is_counted_in_its_cgroup_which_goes_with_it,
     a_shutdown_ends_everything_and_may_be_repeated,
+    a_container_in_the_making_is_not_known_yet,
     a_dropped_sandbox_leaves_no_process,
     a_dead_owner_leaves_no_process,
 ];
@@ -66,7 +67,7 @@ fn main() {
         TESTS.iter().for_each(|(name, _)| println!("{name}: test"));
         return;
     }
-    let mut failed = 0;
+    let (mut passed, mut failed) = (0, 0);
     for (name, test) in TESTS.iter().filter(|(name, _)| name.contains(&filter)) {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -83,11 +84,12 @@ fn main() {
         });
         let result = std::panic::catch_unwind(run);
         drop(runtime);
-        failed += usize::from(result.is_err());
+        *(if result.is_ok() { &mut passed } else { &mut failed }) += 1;
         println!("test {name} ... {}", if result.is_ok() { "ok" } else { "FAILED" });
     }
+    let word = if failed == 0 { "ok" } else { "FAILED" };
+    println!("\ntest result: {word}. {passed} passed; {failed} failed; 0 ignored");
     if failed > 0 {
-        eprintln!("{failed} tests failed");
         std::process::exit(1);
     }
 }
@@ -736,7 +738,7 @@ async fn a_failed_hook_undoes_the_container(place: &Place) {
 
 async fn the_vm_is_counted_in_its_cgroup_which_goes_with_it(place: &Place) {
     if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        eprintln!("this host has no cgroup v2");
+        println!("skipped: this host has no cgroup v2");
         return;
     }
     let name = format!("kata-rs-test-{}", std::process::id());
@@ -768,6 +770,21 @@ async fn a_shutdown_ends_everything_and_may_be_repeated(place: &Place) {
     let (sandbox, _events) = place.start("says-nothing");
     sandbox.shutdown().await;
     assert_eq!(sandbox.ready().await.unwrap_err().kind(), ErrorKind::Unavailable);
+}
+
+async fn a_container_in_the_making_is_not_known_yet(place: &Place) {
+    let (sandbox, _events) = place.start("says-nothing");
+    let making = tokio::spawn({
+        let (sandbox, request) = (sandbox.clone(), place.container("c", "runs"));
+        async move { sandbox.create_container(request).await }
+    });
+    while sandbox.containers().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let state = sandbox.state(&ProcessId::init("c")).await;
+    assert_eq!(state.unwrap_err().kind(), ErrorKind::NotFound);
+    sandbox.shutdown().await;
+    assert!(making.await.unwrap().is_err());
 }
 
 async fn a_dropped_sandbox_leaves_no_process(place: &Place) {
