@@ -226,3 +226,19 @@ fn containers_of_one_group_share_a_vm_that_outlives_the_first() {
     drop(second);
     leaks.nothing_left();
 }
+
+#[test]
+fn metrics_have_runcs_names_and_limits() {
+    let metrics = |runtime: &str| {
+        let id = unique("m");
+        let outcome = sh(&format!(
+            "ctr run -d --runtime {runtime} {BUSYBOX} {id} sleep 1000 && \
+             ctr task metrics {id} | awk '/^METRIC/{{on=1}} on{{print $1, ($1 ~ /limit|throttled/) ? $2 : \"\"}}'; \
+             ctr task kill -s KILL {id}; for _ in $(seq 100); do ctr task rm {id} >/dev/null 2>&1 && break; sleep 0.1; done; ctr c rm {id}"
+        ));
+        outcome.ok().to_string()
+    };
+    let runc = metrics("io.containerd.runc.v2");
+    assert!(runc.contains("memory.usage"), "{runc}");
+    assert_eq!(metrics(kata_rs_tests::RUNTIME), runc);
+}

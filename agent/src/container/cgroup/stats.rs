@@ -37,10 +37,7 @@ pub fn read(cgroup: &Cgroup) -> ContainerStatsResponse {
         .into(),
         pids: Some(Pids {
             current: number(&text("pids.current")),
-            max: match number(&text("pids.max")) {
-                u64::MAX => 0,
-                max => max,
-            },
+            max: number(&text("pids.max")),
             ..Default::default()
         })
         .into(),
