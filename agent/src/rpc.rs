@@ -9,8 +9,9 @@ use protobuf::well_known_types::empty::Empty;
 use protocol::agent::service::{Agent, create_agent};
 use protocol::agent::{
     ConfigureSandboxRequest, ContainerRef, ContainerStatsResponse, CreateContainerRequest, CreateExecRequest,
-    CreateProcessResponse, Event, GuestInfoResponse, ListProcessesResponse, ProcessRef,
-    ResizeTerminalRequest, SetClockRequest, SignalProcessRequest, UpdateContainerRequest,
+    CreateProcessResponse, Event, GuestInfoResponse, ListProcessesResponse, Network, ProcessRef,
+    ResizeTerminalRequest, SetClockRequest, SetOnlineCpusRequest, SetOnlineCpusResponse,
+    SignalProcessRequest, UpdateContainerRequest,
 };
 use ttrpc::r#async::transport::Listener;
 use ttrpc::r#async::{Server, ServerStreamSender, TtrpcContext};
@@ -59,6 +60,18 @@ fn done(result: Result<(), Error>) -> Reply<Empty> {
 impl Agent for Service {
     async fn configure_sandbox(&self, _: &TtrpcContext, request: ConfigureSandboxRequest) -> Reply<Empty> {
         done(self.0.configure(&request))
+    }
+
+    async fn update_network(&self, _: &TtrpcContext, _: Network) -> Reply<Empty> {
+        Err(Error::Invalid("this guest has no network devices".into()).into())
+    }
+
+    async fn set_online_cpus(
+        &self,
+        _: &TtrpcContext,
+        _: SetOnlineCpusRequest,
+    ) -> Reply<SetOnlineCpusResponse> {
+        Err(Error::Invalid("this guest has all its CPUs".into()).into())
     }
 
     async fn set_clock(&self, _: &TtrpcContext, request: SetClockRequest) -> Reply<Empty> {

@@ -15,7 +15,7 @@
 use serde::{Deserialize, Serialize};
 
 /// The version of these messages. Sandbox and VMM refuse each other when it differs.
-pub const CONTROL_VERSION: u32 = 1;
+pub const CONTROL_VERSION: u32 = 2;
 /// The descriptor number under which the VMM finds its control channel.
 pub const CONTROL_FD: i32 = 3;
 
@@ -71,6 +71,30 @@ pub enum RequestBody {
     Pause,
     /// Let the vCPUs go on.
     Resume,
+    /// Give a network slot its backing: the guest sees the link come up. Refused when the slot is occupied.
+    AttachNet {
+        /// Which slot, by position in [`VmConfig::nets`].
+        slot: u32,
+        /// What backs it from now on.
+        backing: NetBacking,
+    },
+    /// Empty a network slot: the link goes down, the tap is closed.
+    DetachNet {
+        /// Which slot.
+        slot: u32,
+    },
+    /// Make vCPUs until there are this many; the guest puts them online. At least as many as there are, at most
+    /// [`VmConfig::max_vcpus`]: a vCPU that was made stays.
+    SetVcpus {
+        /// How many there shall be.
+        count: u8,
+    },
+    /// Ask the guest for this much memory of the virtio-mem device, in MiB; more or less than now. What it then has
+    /// plugged shows in [`Metrics::plugged_memory_bytes`].
+    SetPluggedMemory {
+        /// How much, at most [`VmConfig::pluggable_memory_mib`].
+        mib: u32,
+    },
     /// Set the balloon's target: how much memory the guest shall give back, in MiB.
     SetBalloon {
         /// Target in MiB; 0 gives everything back to the guest.
@@ -198,8 +222,13 @@ pub struct VmConfig {
     pub id: String,
     /// Number of vCPUs, 1 to 254.
     pub vcpus: u8,
+    /// How many vCPUs the machine can ever have, at least `vcpus`; see [`RequestBody::SetVcpus`].
+    pub max_vcpus: u8,
     /// Guest memory in MiB, a multiple of 2, at least 64.
     pub memory_mib: u32,
+    /// Size of the virtio-mem device's region in MiB, a multiple of 128; 0: no such device. None of it is plugged at
+    /// boot; see [`RequestBody::SetPluggedMemory`].
+    pub pluggable_memory_mib: u32,
     /// /dev/kvm, opened for reading and writing.
     pub kvm: FdIndex,
     /// The guest kernel: a `vmlinux` ELF with a PVH entry note.
@@ -211,8 +240,11 @@ pub struct VmConfig {
     /// virtio-vsock: the `SOCK_SEQPACKET` channel over which connections travel as
     /// [`crate::stream::VsockOpen`] with one descriptor each.
     pub vsock: Option<FdIndex>,
+    /// Network devices in the order the guest shall see them. A slot without backing has its link down until
+    /// [`RequestBody::AttachNet`].
+    pub nets: Vec<NetSlot>,
     /// Block slots in the order the guest shall see them. All devices together are at most 23: one each for
-    /// vsock, console, entropy, balloon and file system, and these. A slot without backing has capacity 0 until
+    /// vsock, console, entropy, balloon, memory and file system, the network devices, and these. A slot without backing has capacity 0 until
     /// [`RequestBody::AttachBlock`].
     pub blocks: Vec<BlockSlot>,
     /// virtio-fs with this tag, when given; shares come with [`RequestBody::AddShare`].
@@ -247,6 +279,52 @@ pub struct BlockBacking {
     pub fd: FdIndex,
     /// Whether the guest may only read.
     pub read_only: bool,
+    /// How much the guest may do in a time; `None` is no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<RateLimit>,
+}
+
+/// A network device (virtio 1.3, section 5.1).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetSlot {
+    /// What the guest reads as the device's address, and recognises it by. The guest may use another one on the wire.
+    pub mac: [u8; 6],
+    /// What backs it at boot.
+    pub backing: Option<NetBacking>,
+}
+
+/// What backs a network device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetBacking {
+    /// A tap interface's queue, opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`
+    /// (Documentation/networking/tuntap.rst). The VMM sets its offloads and the size of its header.
+    pub tap: FdIndex,
+    /// How much the guest may receive in a time; `None` is no limit.
+    pub receive_limit: Option<RateLimit>,
+    /// How much it may send.
+    pub transmit_limit: Option<RateLimit>,
+}
+
+/// A limit of bytes, of operations, or of both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bytes.
+    pub bytes: Option<TokenBucket>,
+    /// Operations: block requests or packets.
+    pub operations: Option<TokenBucket>,
+}
+
+/// A token bucket: it holds `capacity` tokens, is full at first, and is refilled evenly in `refill_ms`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// Tokens, at least 1.
+    pub capacity: u64,
+    /// How long an empty bucket takes to be full, in ms, at least 1.
+    pub refill_ms: u64,
 }
 
 /// A directory shown to the guest under the virtio-fs root.
@@ -280,6 +358,8 @@ pub struct Metrics {
     pub guest_resident_bytes: u64,
     /// Bytes of guest memory configured.
     pub guest_memory_bytes: u64,
+    /// Bytes of the virtio-mem device's region that the guest has plugged.
+    pub plugged_memory_bytes: u64,
     /// Per device: name (`block0`, `vsock`, …) and its counters by name.
     pub devices: Vec<(String, Vec<(String, u64)>)>,
     /// The guest console's last lines, oldest first. Untrusted text.
@@ -316,6 +396,7 @@ mod tests {
                 backing: BlockBacking {
                     fd: FdIndex(0),
                     read_only: true,
+                    limit: None,
                 },
             },
         };

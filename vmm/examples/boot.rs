@@ -132,7 +132,11 @@ fn run(options: &Options) -> Result<(), Failure> {
             let fd = add(File::open(path)?.into());
             Ok(BlockSlot {
                 serial: format!("disk{index}"),
-                backing: Some(BlockBacking { fd, read_only: true }),
+                backing: Some(BlockBacking {
+                    fd,
+                    read_only: true,
+                    limit: None,
+                }),
             })
         })
         .collect::<std::io::Result<Vec<_>>>()?;
@@ -149,12 +153,15 @@ fn run(options: &Options) -> Result<(), Failure> {
     let config = VmConfig {
         id: "boot".to_owned(),
         vcpus: options.cpus,
+        max_vcpus: options.cpus,
         memory_mib: options.memory,
+        pluggable_memory_mib: 0,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: (options.files.len() == 2).then_some(FdIndex(2)),
         cmdline: options.words.join(" "),
         vsock: Some(vsock_index),
+        nets: Vec::new(),
         blocks,
         fs_tag: (!options.shares.is_empty()).then(|| "kata-rs".to_owned()),
         balloon: options.balloon,

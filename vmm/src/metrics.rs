@@ -14,6 +14,7 @@ pub fn gather(machine: &Machine) -> Result<Metrics, Error> {
         vcpu_exits: machine.vcpu_exits(),
         guest_resident_bytes: memory::resident_bytes(machine.memory())?,
         guest_memory_bytes: memory::size(machine.memory()),
+        plugged_memory_bytes: 0,
         devices: machine
             .devices()
             .iter()

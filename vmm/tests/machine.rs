@@ -149,12 +149,15 @@ fn config() -> VmConfig {
     VmConfig {
         id: "test".to_owned(),
         vcpus: 1,
+        max_vcpus: 4,
         memory_mib: 64,
+        pluggable_memory_mib: 0,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: None,
         cmdline: String::new(),
         vsock: None,
+        nets: Vec::new(),
         blocks: Vec::new(),
         fs_tag: None,
         balloon: false,
@@ -452,6 +455,7 @@ fn block_slots_are_filled_and_emptied_one_backing_at_a_time() {
     let backing = BlockBacking {
         fd: FdIndex(0),
         read_only: true,
+        limit: None,
     };
     let attach = |slot| RequestBody::AttachBlock {
         slot,
@@ -534,6 +538,7 @@ fn more_devices_than_interrupts_are_refused() {
     let Some(kvm) = kvm() else { return };
     let kernel = file_of(&kernel(SPIN));
     let description = VmConfig {
+        nets: Vec::new(),
         blocks: vec![slot; 22],
         ..config()
     };

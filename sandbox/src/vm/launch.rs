@@ -65,6 +65,7 @@ pub(crate) fn launch(spec: &SandboxSpec, config: &Config, started_ns: u64) -> Re
                 backing: Some(BlockBacking {
                     fd: image_fd,
                     read_only: true,
+                    limit: None,
                 }),
             });
             cmdline = format!("root=/dev/vda rootfstype=erofs ro init=/init {cmdline}")
@@ -82,12 +83,15 @@ pub(crate) fn launch(spec: &SandboxSpec, config: &Config, started_ns: u64) -> Re
     let machine = VmConfig {
         id: spec.id.clone(),
         vcpus: spec.sizing.vcpus,
+        max_vcpus: spec.sizing.vcpus,
         memory_mib: spec.sizing.memory_mib,
+        pluggable_memory_mib: 0,
         kvm,
         kernel,
         initrd,
         cmdline,
         vsock: Some(vsock_fd),
+        nets: Vec::new(),
         blocks,
         fs_tag: Some(FS_TAG.to_owned()),
         balloon: true,

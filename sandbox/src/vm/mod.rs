@@ -139,6 +139,7 @@ impl Vm {
             backing: BlockBacking {
                 fd: FdIndex(0),
                 read_only,
+                limit: None,
             },
         };
         match self.request("attach a block device", body, &[backing]).await {
