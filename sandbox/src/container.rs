@@ -139,6 +139,8 @@ pub(crate) struct Container {
     pub attached: Attached,
     pub last_stats: Option<ContainerStatsResponse>,
     pub timeline: ContainerTimeline,
+    /// False for a pod's sandbox, of which the guest knows nothing.
+    pub in_guest: bool,
     /// The init's exit, held back until no exec is being started.
     held: Option<Exit>,
 }
@@ -161,6 +163,7 @@ impl Container {
             attached: Attached::default(),
             last_stats: None,
             timeline,
+            in_guest: true,
             held: None,
         }
     }
@@ -331,6 +334,19 @@ impl Containers {
             container: id.to_owned(),
             what,
         })
+    }
+
+    /// A container that is neither being made nor deleted and has something in the guest.
+    pub fn in_guest(&mut self, operation: &'static str, id: &str) -> Result<&mut Container, Error> {
+        let container = self.made(operation, id)?;
+        if container.in_guest {
+            Ok(container)
+        } else {
+            Err(Error::OnlySandbox {
+                operation,
+                container: id.to_owned(),
+            })
+        }
     }
 
     /// A process and its container.

@@ -9,12 +9,14 @@ use std::time::{Duration, SystemTime};
 use oci_spec::runtime::Spec;
 use protocol::agent::CreateContainerRequest;
 
+use crate::annotations::Role;
 use crate::api::{ContainerRequest, Deleted, Exit, ProcessId, RootfsMount, Stdio};
 use crate::container::{Attached, Container, Freezer, KILLED, Phase, Stage};
 use crate::error::{Error, ErrorKind};
 use crate::events::Event;
 use crate::hooks::Hooks;
 use crate::io::Io;
+use crate::pause;
 use crate::pod::Pod;
 use crate::process::watch_task;
 use crate::proxy::{self, Task, TaskSignals};
@@ -65,6 +67,8 @@ pub(crate) async fn create(pod: Arc<Pod>, request: ContainerRequest) -> Result<u
     let hooks = Hooks::of(&spec, &id, &bundle)?;
     let mut container = Container::making(bundle.clone(), rootfs.clone(), stdio.uris(), timeline);
     container.hooks = hooks.clone();
+    container.in_guest = Role::of(&spec) != Role::Sandbox;
+    let in_guest = container.in_guest;
     pod.containers().reserve(&id, container)?;
     let mut made = Made::default();
     let request = Request {
@@ -76,7 +80,14 @@ pub(crate) async fn create(pod: Arc<Pod>, request: ContainerRequest) -> Result<u
         stdio,
         hooks,
     };
-    match make(&pod, request, &mut made).await {
+    let result = if in_guest {
+        make(&pod, request, &mut made).await
+    } else {
+        let netns = Netns::from_oci(request.spec);
+        let kept = (&mut made.io, &mut made.hooks);
+        pause::make(&pod, &id, &netns, request.stdio, request.hooks, kept).await
+    };
+    match result {
         Ok((task, signals)) => Ok(publish(&pod, &id, task, signals, made)),
         Err(error) => {
             undo(&pod, &id, made).await;
@@ -270,7 +281,7 @@ async fn detach(pod: &Pod, id: &str, attached: &Attached) {
 /// Deletes a container that is not running, with all its execs.
 pub(crate) async fn delete(pod: Arc<Pod>, id: String) -> Result<Deleted, Error> {
     let process = ProcessId::init(&id);
-    let (ios, tokens) = {
+    let (in_guest, ios, tokens) = {
         let mut containers = pod.containers();
         let container = containers.made("delete", &id)?;
         if !matches!(container.init.stage, Stage::Created | Stage::Stopped(_)) {
@@ -284,6 +295,7 @@ pub(crate) async fn delete(pod: Arc<Pod>, id: String) -> Result<Deleted, Error> 
         container.freezer = Freezer::Thawed;
         let all = || std::iter::once(&container.init).chain(container.execs.values());
         (
+            container.in_guest,
             all().filter_map(|process| process.io.clone()).collect::<Vec<_>>(),
             all()
                 .flat_map(|process| process.tokens.clone())
@@ -294,7 +306,8 @@ pub(crate) async fn delete(pod: Arc<Pod>, id: String) -> Result<Deleted, Error> 
     if started {
         drain(&ios).await;
     }
-    if let Ok(agent) = pod.agent().await
+    if in_guest
+        && let Ok(agent) = pod.agent().await
         && let Err(error) = agent.delete_container(&id).await
         && error.kind() != ErrorKind::NotFound
         && !pod.is_gone()

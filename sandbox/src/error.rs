@@ -72,6 +72,17 @@ pub enum Error {
         /// What it is going through: `created`, `deleted`.
         what: &'static str,
     },
+    /// The container is the pod's sandbox.
+    #[error(
+        "cannot {operation} container {container}: it is the sandbox of a pod, which has no process in the guest; name \
+         one of the pod's containers"
+    )]
+    OnlySandbox {
+        /// The call.
+        operation: &'static str,
+        /// The container.
+        container: String,
+    },
     /// The request is malformed.
     #[error("{0}")]
     Invalid(String),
@@ -169,7 +180,7 @@ impl Error {
             Self::Exists(_) => ErrorKind::AlreadyExists,
             Self::State { .. } | Self::Busy { .. } => ErrorKind::FailedPrecondition,
             Self::Invalid(_) | Self::Spec { .. } => ErrorKind::InvalidArgument,
-            Self::Unsupported(_) => ErrorKind::Unimplemented,
+            Self::Unsupported(_) | Self::OnlySandbox { .. } => ErrorKind::Unimplemented,
             Self::Start(cause) => cause.kind(),
             Self::Gone(_) => ErrorKind::Unavailable,
             Self::Vm(error) => error.kind(),

@@ -6,6 +6,7 @@
 //! the VMM.
 
 mod agent;
+mod annotations;
 mod api;
 mod boot_files;
 pub mod cgroup;
@@ -16,6 +17,7 @@ pub mod error;
 mod events;
 pub mod hooks;
 pub mod io;
+mod pause;
 mod pod;
 mod process;
 mod proxy;
@@ -29,6 +31,7 @@ mod streams;
 mod timeline;
 mod vm;
 
+pub use annotations::Role;
 pub use api::{
     ContainerRequest, Deleted, ExecRequest, Exit, GuestInfo, ProcessEntry, ProcessId, ProcessState,
     RootfsMount, SandboxExit, SandboxExitCause, Status, Stdio, StdioTarget, StdioUris,

@@ -12,6 +12,7 @@ use crate::create::drain;
 use crate::error::{Error, ErrorKind};
 use crate::events::Event;
 use crate::io::Io;
+use crate::pause;
 use crate::pod::Pod;
 use crate::proxy::{self, TaskSignals};
 use crate::spec::Netns;
@@ -31,7 +32,7 @@ pub(crate) fn register(pod: &Pod, request: ExecRequest) -> Result<(), Error> {
         message: error.to_string(),
     })?;
     let mut containers = pod.containers();
-    let container = containers.made("add a process to", &process.container_id)?;
+    let container = containers.in_guest("add a process to", &process.container_id)?;
     if container.execs.contains_key(&process.exec_id) {
         return Err(Error::Exists(process));
     }
@@ -127,11 +128,19 @@ pub(crate) async fn start(pod: Arc<Pod>, process: ProcessId) -> Result<u32, Erro
 
 async fn start_in_guest(pod: &Pod, process: &ProcessId) -> Result<(), Error> {
     let agent = pod.agent().await?;
-    let io = pod.containers().process(process)?.1.io.clone();
+    let (in_guest, io) = {
+        let containers = pod.containers();
+        let (container, init) = containers.process(process)?;
+        (container.in_guest, init.io.clone())
+    };
     if let Some(io) = io {
         io.begin_input()?;
     }
-    agent.start(process).await
+    if in_guest {
+        agent.start(process).await
+    } else {
+        Ok(())
+    }
 }
 
 /// Exit status of a process that could not be started, as a shell has it.
@@ -271,7 +280,7 @@ pub(crate) async fn delete_exec(pod: Arc<Pod>, process: ProcessId) -> Result<Del
 
 /// Sends a signal to a process, or to all of a container.
 pub(crate) async fn signal(pod: &Pod, process: &ProcessId, signal: u32, all: bool) -> Result<(), Error> {
-    {
+    let in_guest = {
         let mut containers = pod.containers();
         containers.made("signal", &process.container_id)?;
         let (container, target) = containers.process(process)?;
@@ -284,8 +293,12 @@ pub(crate) async fn signal(pod: &Pod, process: &ProcessId, signal: u32, all: boo
                     status: container.status(target),
                 });
             }
-            Stage::Created | Stage::Starting { .. } | Stage::Running => {}
+            Stage::Created | Stage::Starting { .. } | Stage::Running => container.in_guest,
         }
+    };
+    if !in_guest {
+        pause::signal(pod, process, signal);
+        return Ok(());
     }
     let agent = pod.agent().await?;
     match agent.signal(process, signal, all && process.is_init()).await {

@@ -166,6 +166,7 @@ impl Sandbox {
     pub async fn resize(&self, process: &ProcessId, rows: u16, columns: u16) -> Result<(), Error> {
         {
             let mut containers = self.pod().containers();
+            let in_guest = containers.get(&process.container_id)?.in_guest;
             let target = containers.process_mut(process)?;
             match target.stage {
                 Stage::Stopped(_) => {
@@ -175,7 +176,7 @@ impl Sandbox {
                         status: Status::Stopped,
                     });
                 }
-                _ if !target.uris.terminal => return Ok(()),
+                _ if !target.uris.terminal || !in_guest => return Ok(()),
                 Stage::Registered => {
                     target.size = (rows, columns);
                     return Ok(());
@@ -264,7 +265,7 @@ impl Sandbox {
         })?;
         {
             let mut containers = self.pod().containers();
-            let target = containers.made("update", container)?;
+            let target = containers.in_guest("update", container)?;
             let status = target.status(&target.init);
             if status == Status::Stopped {
                 return Err(Error::State {
@@ -287,7 +288,9 @@ impl Sandbox {
     /// [`ErrorKind::NotFound`]; [`ErrorKind::Unavailable`] when the VM is gone and none were read.
     pub async fn stats(&self, container: &str) -> Result<ContainerStatsResponse, Error> {
         let pod = self.pod();
-        pod.containers().made("read the counters of", container)?;
+        if !pod.containers().made("read the counters of", container)?.in_guest {
+            return Ok(ContainerStatsResponse::new());
+        }
         let result = match pod.agent().await {
             Ok(agent) => agent.stats(container).await,
             Err(error) => Err(error),
@@ -414,7 +417,7 @@ fn set_freezer(
     to: Freezer,
 ) -> Result<(), Error> {
     let mut containers = pod.containers();
-    let container = containers.made(operation, id)?;
+    let container = containers.in_guest(operation, id)?;
     if container.init.stage == Stage::Running && container.freezer == from {
         container.freezer = to;
         Ok(())

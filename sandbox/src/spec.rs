@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
+use crate::annotations::Role;
 use crate::config::Config;
 use crate::error::Error;
 use crate::sizing::Sizing;
@@ -84,9 +85,20 @@ impl SandboxSpec {
                 .as_ref()
                 .and_then(|process| process.oom_score_adj())
                 .unwrap_or(0),
-            sysctls: BTreeMap::new(),
+            sysctls: pod_sysctls(spec),
             shm_bytes: crate::storage::shm_bytes(spec),
             shared_pid_namespace: false,
         })
+    }
+}
+
+/// The sysctls of a pod: its sandbox has no process for which they could be set later, and no others set them.
+fn pod_sysctls(spec: &Spec) -> BTreeMap<String, String> {
+    match (
+        Role::of(spec),
+        spec.linux().as_ref().and_then(|linux| linux.sysctl().as_ref()),
+    ) {
+        (Role::Sandbox, Some(sysctls)) => sysctls.clone().into_iter().collect(),
+        _ => BTreeMap::new(),
     }
 }

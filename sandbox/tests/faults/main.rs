@@ -45,6 +45,7 @@ tests![
     a_killed_host_process_kills_its_container,
     a_paused_container_takes_no_exec,
     execs_are_told_apart,
+    a_pods_sandbox_is_nothing_in_the_guest_and_outlives_its_containers,
     hooks_run_around_the_container,
     a_failed_hook_undoes_the_container,
     the_vm_is_counted_in_its_cgroup_which_goes_with_it,
@@ -668,6 +669,90 @@ async fn execs_are_told_apart(place: &Place) {
 }
 
 /// A container with a hook of each kind that runs on the host; each writes a line to `log`.
+/// A request for the container that CRI calls the pod's sandbox. Neither its program nor its root file system exist.
+fn pause(place: &Place, id: &str) -> ContainerRequest {
+    let mut spec: serde_json::Value =
+        serde_json::from_slice(&oci("/pause", &serde_json::json!([{ "type": "network" }]))).unwrap();
+    spec["annotations"] = serde_json::json!({ "io.kubernetes.cri.container-type": "sandbox" });
+    spec["root"]["path"] = "/nonexistent".into();
+    ContainerRequest {
+        spec_json: serde_json::to_vec(&spec).unwrap(),
+        ..place.container(id, "unused")
+    }
+}
+
+async fn a_pods_sandbox_is_nothing_in_the_guest_and_outlives_its_containers(place: &Place) {
+    let (sandbox, events) = place.start("ordinary");
+    let (pod, init) = (ProcessId::init("pod"), ProcessId::init("c"));
+    let pid = sandbox.create_container(pause(place, "pod")).await.unwrap();
+    assert_eq!(sandbox.state(&pod).await.unwrap().status, Status::Created);
+    assert_eq!(sandbox.start_process(&pod).await.unwrap(), pid);
+    assert_eq!(sandbox.state(&pod).await.unwrap().status, Status::Running);
+    let netns = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+    assert_ne!(netns(&pid.to_string()), netns("self"));
+    assert_eq!(in_vm(&sandbox).await, Vec::<String>::new());
+    for refused in [
+        sandbox.create_exec(exec("pod", "e", "runs")).await,
+        sandbox.update("pod", b"{}").await,
+        sandbox.pause("pod").await,
+    ] {
+        let error = refused.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unimplemented, "{error}");
+        assert!(error.to_string().contains("the sandbox of a pod"), "{error}");
+    }
+    sandbox.stats("pod").await.unwrap();
+    // A container can be made anew in the same VM, as often as wanted.
+    for _ in 0..2 {
+        place.running(&sandbox, "c", "runs").await;
+        sandbox.signal(&init, 9, false).await.unwrap();
+        sandbox.wait(&init).await.unwrap();
+        sandbox.delete(&init).await.unwrap();
+    }
+    assert_eq!(sandbox.containers(), ["pod"]);
+    for harmless in [0, 28] {
+        sandbox.signal(&pod, harmless, false).await.unwrap();
+        assert_eq!(sandbox.state(&pod).await.unwrap().status, Status::Running);
+    }
+    sandbox.signal(&pod, 9, true).await.unwrap();
+    assert_eq!(sandbox.wait(&pod).await.unwrap().status, 137);
+    assert_eq!(
+        sandbox.signal(&pod, 9, false).await.unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
+    let deleted = sandbox.delete(&pod).await.unwrap();
+    assert_eq!((deleted.pid, deleted.exit.status), (pid, 137));
+    sandbox.ready().await.unwrap();
+
+    // Its host process is the pod's as well: who kills it ends the pod's sandbox.
+    let pid = sandbox.create_container(pause(place, "again")).await.unwrap();
+    sandbox.start_process(&ProcessId::init("again")).await.unwrap();
+    // SAFETY: the process is one that this test was given.
+    unsafe { libc::kill(pid.cast_signed(), libc::SIGTERM) };
+    assert_eq!(sandbox.wait(&ProcessId::init("again")).await.unwrap().status, 143);
+    sandbox.shutdown().await;
+    assert_eq!(
+        story(events).await,
+        [
+            "pod created",
+            "pod started",
+            "c created",
+            "c started",
+            "c exited 137",
+            "c deleted",
+            "c created",
+            "c started",
+            "c exited 137",
+            "c deleted",
+            "pod exited 137",
+            "pod deleted",
+            "again created",
+            "again started",
+            "again exited 143",
+            "end",
+        ]
+    );
+}
+
 fn with_hooks(place: &Place, id: &str, create_runtime: &str) -> ContainerRequest {
     let log = place.path("log");
     let hook = |name: &str| {
