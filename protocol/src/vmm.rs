@@ -15,7 +15,7 @@
 use serde::{Deserialize, Serialize};
 
 /// The version of these messages. Sandbox and VMM refuse each other when it differs.
-pub const CONTROL_VERSION: u32 = 2;
+pub const CONTROL_VERSION: u32 = 3;
 /// The descriptor number under which the VMM finds its control channel.
 pub const CONTROL_FD: i32 = 3;
 
@@ -275,13 +275,44 @@ pub struct BlockSlot {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockBacking {
-    /// A raw file or block device.
-    pub fd: FdIndex,
-    /// Whether the guest may only read.
-    pub read_only: bool,
+    /// What the device consists of, one behind the other: 1 to [`MAX_EXTENTS`]. The guest sees one disk.
+    pub extents: Vec<BlockExtent>,
     /// How much the guest may do in a time; `None` is no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<RateLimit>,
+}
+
+/// The most extents of a block device: each has a descriptor, and one message carries them all.
+pub const MAX_EXTENTS: usize = crate::channel::MAX_FDS;
+
+/// A part of a block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockExtent {
+    /// A raw file or block device.
+    pub fd: FdIndex,
+    /// How many bytes of the device it fills from its beginning on, a multiple of 512. `None`: all it holds, without a
+    /// trailing part of a sector. A read-only extent may be up to 4095 bytes longer than what it holds: the rest
+    /// reads as zeroes.
+    pub length: Option<u64>,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+}
+
+impl BlockBacking {
+    /// A device that is one whole file or block device.
+    #[must_use]
+    pub fn whole(fd: FdIndex, read_only: bool) -> Self {
+        let extent = BlockExtent {
+            fd,
+            length: None,
+            read_only,
+        };
+        Self {
+            extents: vec![extent],
+            limit: None,
+        }
+    }
 }
 
 /// A network device (virtio 1.3, section 5.1).
@@ -393,17 +424,13 @@ mod tests {
             id: 7,
             body: RequestBody::AttachBlock {
                 slot: 2,
-                backing: BlockBacking {
-                    fd: FdIndex(0),
-                    read_only: true,
-                    limit: None,
-                },
+                backing: BlockBacking::whole(FdIndex(0), true),
             },
         };
         let wire = serde_json::to_string(&request).unwrap();
         assert_eq!(
             wire,
-            r#"{"id":7,"body":{"attach_block":{"slot":2,"backing":{"fd":0,"read_only":true}}}}"#
+            r#"{"id":7,"body":{"attach_block":{"slot":2,"backing":{"extents":[{"fd":0,"length":null,"read_only":true}]}}}}"#
         );
         assert_eq!(serde_json::from_str::<Request>(&wire).unwrap(), request);
     }

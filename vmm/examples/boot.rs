@@ -132,11 +132,7 @@ fn run(options: &Options) -> Result<(), Failure> {
             let fd = add(File::open(path)?.into());
             Ok(BlockSlot {
                 serial: format!("disk{index}"),
-                backing: Some(BlockBacking {
-                    fd,
-                    read_only: true,
-                    limit: None,
-                }),
+                backing: Some(BlockBacking::whole(fd, true)),
             })
         })
         .collect::<std::io::Result<Vec<_>>>()?;

@@ -69,7 +69,7 @@ impl Handles {
         descriptors: &mut Descriptors,
     ) -> Result<(), Error> {
         let handle = self.block(slot)?;
-        Ok(handle.attach(open_backing(backing, descriptors, "fd")?)?)
+        Ok(handle.attach(open_backing(backing, descriptors, "extents.fd")?)?)
     }
 
     /// Empties a block slot.
@@ -132,8 +132,18 @@ fn open_backing(
     descriptors: &mut Descriptors,
     field: &str,
 ) -> Result<Backing, Error> {
-    let fd = descriptors.take(backing.fd, field)?;
-    Ok(Backing::new(fd, backing.read_only)?)
+    let extents = backing
+        .extents
+        .iter()
+        .map(|extent| {
+            Ok((
+                descriptors.take(extent.fd, field)?,
+                extent.length,
+                extent.read_only,
+            ))
+        })
+        .collect::<Result<_, Error>>()?;
+    Ok(Backing::concatenated(extents)?)
 }
 
 /// Makes the devices that `config` asks for. A console is always there: without one the first process of the
@@ -194,7 +204,7 @@ pub fn create(
     let mut blocks = Vec::new();
     for (index, slot) in config.blocks.iter().enumerate() {
         let backing = match &slot.backing {
-            Some(backing) => Some(open_backing(backing, descriptors, "blocks.backing.fd")?),
+            Some(backing) => Some(open_backing(backing, descriptors, "blocks.backing.extents.fd")?),
             None => None,
         };
         let (block, handle) = Block::new(&slot.serial, backing);

@@ -452,11 +452,7 @@ fn block_slots_are_filled_and_emptied_one_backing_at_a_time() {
     let Some(mut vmm) = configured(&kernel(SPIN), VmConfig { blocks, ..config() }) else {
         return;
     };
-    let backing = BlockBacking {
-        fd: FdIndex(0),
-        read_only: true,
-        limit: None,
-    };
+    let backing = BlockBacking::whole(FdIndex(0), true);
     let attach = |slot| RequestBody::AttachBlock {
         slot,
         backing: backing.clone(),

@@ -62,11 +62,7 @@ pub(crate) fn launch(spec: &SandboxSpec, config: &Config, started_ns: u64) -> Re
         ImageKind::Erofs => {
             blocks.push(BlockSlot {
                 serial: IMAGE_SERIAL.to_owned(),
-                backing: Some(BlockBacking {
-                    fd: image_fd,
-                    read_only: true,
-                    limit: None,
-                }),
+                backing: Some(BlockBacking::whole(image_fd, true)),
             });
             cmdline = format!("root=/dev/vda rootfstype=erofs ro init=/init {cmdline}")
                 .trim_end()

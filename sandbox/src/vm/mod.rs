@@ -136,11 +136,7 @@ impl Vm {
         };
         let body = RequestBody::AttachBlock {
             slot: first + index,
-            backing: BlockBacking {
-                fd: FdIndex(0),
-                read_only,
-                limit: None,
-            },
+            backing: BlockBacking::whole(FdIndex(0), read_only),
         };
         match self.request("attach a block device", body, &[backing]).await {
             Ok(_) => Ok(AttachedBlock {

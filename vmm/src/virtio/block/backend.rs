@@ -1,109 +1,89 @@
-//! What lies behind a block device: a raw file or block device of the host, and the two ways to read and write it.
+//! Reading and writing what lies behind a block device, in two ways.
 //!
 //! io_uring does it without a system call per request and without waiting; where the host forbids it, the same
 //! requests are done one after the other. Data moves between file and guest memory without a copy of ours.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 
 use io_uring::{IoUring, opcode, types};
-use rustix::fs::{FileType, OFlags, SeekFrom};
 
-use super::request::{Range, SECTOR, Status};
+use super::extents::{Backing, Extent, Piece};
+use super::request::{Range, Status};
 use crate::virtio::queue::Iovecs;
 
-/// Why a descriptor cannot back a block device.
-#[derive(Debug, thiserror::Error)]
-pub enum BackingError {
-    /// Neither a file nor a block device.
-    #[error("the backing is a {found}, not a regular file or block device")]
-    Kind {
-        /// What it is.
-        found: &'static str,
-    },
-    /// The device shall be writable but the descriptor is not.
-    #[error("the backing is open for reading only: open it for writing too, or attach it read-only")]
-    NotWritable,
-    /// The descriptor cannot be read from.
-    #[error("the backing is not open for reading")]
-    NotReadable,
-    /// `O_DIRECT` wants alignments that the guest does not keep.
-    #[error("the backing is open with O_DIRECT: open it without")]
-    Direct,
-    /// The host refused.
-    #[error("the backing cannot be examined: {0}")]
-    Host(#[from] io::Error),
-}
-
-/// What backs a block device.
-#[derive(Debug)]
-pub struct Backing {
-    file: File,
-    read_only: bool,
-    is_device: bool,
-    capacity: u64,
-}
-
 impl Backing {
-    /// A raw file or block device. Its size is taken now; a trailing part of a sector does not count.
-    ///
-    /// # Errors
-    /// [`BackingError`].
-    pub fn new(fd: OwnedFd, read_only: bool) -> Result<Self, BackingError> {
-        let kind = FileType::from_raw_mode(rustix::fs::fstat(&fd).map_err(io::Error::from)?.st_mode);
-        let is_device = match kind {
-            FileType::RegularFile => false,
-            FileType::BlockDevice => true,
-            FileType::Directory => return Err(BackingError::Kind { found: "directory" }),
-            FileType::CharacterDevice => {
-                return Err(BackingError::Kind {
-                    found: "character device",
-                });
-            }
-            FileType::Fifo => return Err(BackingError::Kind { found: "pipe" }),
-            FileType::Socket => return Err(BackingError::Kind { found: "socket" }),
-            _ => {
-                return Err(BackingError::Kind {
-                    found: "thing of another kind",
-                });
-            }
-        };
-        let flags = rustix::fs::fcntl_getfl(&fd).map_err(io::Error::from)?;
-        if flags.contains(OFlags::DIRECT) {
-            return Err(BackingError::Direct);
-        }
-        match flags & OFlags::RWMODE {
-            _ if flags.contains(OFlags::PATH) => return Err(BackingError::NotReadable),
-            OFlags::WRONLY => return Err(BackingError::NotReadable),
-            OFlags::RDONLY if !read_only => return Err(BackingError::NotWritable),
-            _ => {}
-        }
-        // Works for files and devices alike; the position is not used otherwise.
-        let size = rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(io::Error::from)?;
-        Ok(Self {
-            file: File::from(fd),
-            read_only,
-            is_device,
-            capacity: size / SECTOR * SECTOR,
-        })
-    }
-
-    /// Whether writes are refused.
-    #[must_use]
-    pub fn is_read_only(&self) -> bool {
-        self.read_only
-    }
-
-    /// Size in bytes, a multiple of the sector.
-    #[must_use]
-    pub fn capacity(&self) -> u64 {
-        self.capacity
-    }
-
     /// Gives the space of a range back.
     #[must_use]
     pub fn discard(&self, range: Range) -> Status {
+        self.change(range, Extent::discard)
+    }
+
+    /// Makes a range read as zeroes.
+    #[must_use]
+    pub fn write_zeroes(&self, range: Range) -> Status {
+        self.change(range, Extent::write_zeroes)
+    }
+
+    /// Does something with each part of a range that lies in another extent. Nothing when one of them is read-only.
+    fn change(&self, range: Range, action: impl Fn(&Extent, Range) -> Status) -> Status {
+        if !self.may_write(range.offset, range.length) {
+            return Status::IoError;
+        }
+        let parts = self.pieces(range.offset, range.length).map(|piece| {
+            let part = Range {
+                offset: piece.offset,
+                length: piece.length,
+                unmap: range.unmap,
+            };
+            action(piece.extent, part)
+        });
+        super::request::first_failure(parts)
+    }
+
+    /// Reads or writes everything that is left of a transfer after its first `done` bytes.
+    fn finish(&self, transfer: &Transfer, mut done: usize) -> Status {
+        if matches!(transfer, Transfer::Sync) {
+            let synced = self
+                .writable()
+                .map(|extent| match rustix::fs::fdatasync(extent.file.as_fd()) {
+                    Ok(()) => Status::Ok,
+                    Err(_) => Status::IoError,
+                });
+            return super::request::first_failure(synced);
+        }
+        let (offset, length) = transfer.place();
+        while done < length {
+            let at = offset + done as u64;
+            let Some(piece) = self.pieces(at, (length - done) as u64).next() else {
+                return Status::IoError;
+            };
+            // No longer than what is left, which is a usize.
+            let most = piece.length as usize;
+            let part = window(transfer.iovecs(), done, most);
+            let result = match (piece.held, transfer) {
+                (true, _) => move_data(&piece, transfer, &part),
+                (false, Transfer::Read { .. }) => {
+                    // SAFETY: as for the system calls in `move_data`.
+                    unsafe { zero(&part) };
+                    Ok(most)
+                }
+                (false, _) => return Status::IoError,
+            };
+            match result {
+                // The file has become shorter than the device.
+                Ok(0) => return Status::IoError,
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Status::IoError,
+            }
+        }
+        Status::Ok
+    }
+}
+
+impl Extent {
+    fn discard(&self, range: Range) -> Status {
         if !self.is_device {
             return self.allocate(range, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE);
         }
@@ -114,9 +94,7 @@ impl Backing {
         status(unsafe { libc::ioctl(self.file.as_raw_fd(), BLKDISCARD as _, argument.as_ptr()) })
     }
 
-    /// Makes a range read as zeroes.
-    #[must_use]
-    pub fn write_zeroes(&self, range: Range) -> Status {
+    fn write_zeroes(&self, range: Range) -> Status {
         if range.unmap {
             let punched = self.allocate(range, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE);
             if punched != Status::Unsupported {
@@ -127,9 +105,6 @@ impl Backing {
     }
 
     fn allocate(&self, range: Range, mode: i32) -> Status {
-        if range.length == 0 {
-            return Status::Ok;
-        }
         let (Ok(offset), Ok(length)) = (range.offset.try_into(), range.length.try_into()) else {
             return Status::IoError;
         };
@@ -141,49 +116,55 @@ impl Backing {
             }
         }
     }
+}
 
-    /// Reads or writes everything that is left of a transfer after its first `done` bytes.
-    fn finish(&self, transfer: &Transfer, mut done: usize) -> Status {
-        if matches!(transfer, Transfer::Sync) {
-            return match rustix::fs::fdatasync(self.file.as_fd()) {
-                Ok(()) => Status::Ok,
-                Err(_) => Status::IoError,
-            };
+/// One system call's worth of a transfer that lies in a file: how many bytes it has moved.
+fn move_data(piece: &Piece<'_>, transfer: &Transfer, part: &[libc::iovec]) -> io::Result<usize> {
+    let fd = piece.extent.file.as_raw_fd();
+    let (list, count) = (part.as_ptr(), part.len() as i32);
+    let at = piece.offset as i64;
+    // SAFETY: the iovecs lie in guest memory, which stays mapped while the device runs; nothing in this process relies
+    // on its contents.
+    let result = unsafe {
+        match transfer {
+            Transfer::Write { flags, .. } => libc::pwritev2(fd, list, count, at, *flags),
+            _ => libc::preadv(fd, list, count, at),
         }
-        let (offset, length) = transfer.place();
-        let mut left: Vec<libc::iovec> = transfer.iovecs().to_vec();
-        let mut skip = done;
-        while done < length {
-            // What was done before is taken off the front.
-            while let Some(first) = left.first_mut() {
-                if skip < first.iov_len {
-                    first.iov_base = first.iov_base.wrapping_byte_add(skip);
-                    first.iov_len -= skip;
-                    break;
-                }
-                skip -= first.iov_len;
-                left.remove(0);
-            }
-            let fd = self.file.as_raw_fd();
-            let (list, count) = (left.as_ptr(), left.len() as i32);
-            let at = (offset + done as u64) as i64;
-            // SAFETY: the iovecs lie in guest memory, which stays mapped while the device runs; nothing in this
-            // process relies on its contents.
-            let result = unsafe {
-                match transfer {
-                    Transfer::Write { flags, .. } => libc::pwritev2(fd, list, count, at, *flags),
-                    _ => libc::preadv(fd, list, count, at),
-                }
-            };
-            match usize::try_from(result) {
-                // The file has become shorter than the device.
-                Ok(0) => return Status::IoError,
-                Ok(count) => (done, skip) = (done + count, count),
-                Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => skip = 0,
-                Err(_) => return Status::IoError,
-            }
+    };
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// What of a list lies between its byte `skip` and `most` bytes further on.
+fn window(iovecs: &[libc::iovec], mut skip: usize, mut most: usize) -> Vec<libc::iovec> {
+    let mut part = Vec::with_capacity(iovecs.len());
+    for iovec in iovecs {
+        if skip >= iovec.iov_len {
+            skip -= iovec.iov_len;
+            continue;
         }
-        Status::Ok
+        let length = (iovec.iov_len - skip).min(most);
+        if length == 0 {
+            break;
+        }
+        part.push(libc::iovec {
+            iov_base: iovec.iov_base.wrapping_byte_add(skip),
+            iov_len: length,
+        });
+        (skip, most) = (0, most - length);
+    }
+    part
+}
+
+/// Fills the places of a list with zeroes.
+///
+/// # Safety
+/// They must be mapped, writable, and nothing that this process relies on the contents of.
+unsafe fn zero(part: &[libc::iovec]) {
+    for iovec in part {
+        for index in 0..iovec.iov_len {
+            // SAFETY: the caller's promise. Volatile, because the guest may look at the same time.
+            unsafe { iovec.iov_base.cast::<u8>().wrapping_add(index).write_volatile(0) };
+        }
     }
 }
 
@@ -286,21 +267,41 @@ impl Ring {
     /// Queues a transfer, to be completed as `token`.
     ///
     /// # Errors
-    /// Never when no more transfers are in flight than the ring has entries.
+    /// When the transfer touches several extents, which it takes several transfers for; and when more transfers are in
+    /// flight than the ring has entries. Nothing is queued then.
     ///
     /// # Safety
     /// Transfer, backing, and the memory that the iovecs lead to must stay where they are until the transfer has
     /// completed.
     pub unsafe fn push(&mut self, transfer: &Transfer, backing: &Backing, token: u64) -> io::Result<()> {
-        let fd = types::Fd(backing.file.as_raw_fd());
+        let several = || io::Error::from(io::ErrorKind::Unsupported);
+        let fd = |extent: &Extent| types::Fd(extent.file.as_raw_fd());
+        let (offset, length) = transfer.place();
+        let piece = || backing.one_piece(offset, length as u64).ok_or_else(several);
         let (list, count) = (transfer.iovecs().as_ptr(), transfer.iovecs().len() as u32);
         let entry = match transfer {
-            Transfer::Read { offset, .. } => opcode::Readv::new(fd, list, count).offset(*offset).build(),
-            Transfer::Write { offset, flags, .. } => opcode::Writev::new(fd, list, count)
-                .offset(*offset)
-                .rw_flags(*flags)
-                .build(),
-            Transfer::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            Transfer::Read { .. } => {
+                let piece = piece()?;
+                opcode::Readv::new(fd(piece.extent), list, count)
+                    .offset(piece.offset)
+                    .build()
+            }
+            Transfer::Write { flags, .. } => {
+                let piece = piece()?;
+                opcode::Writev::new(fd(piece.extent), list, count)
+                    .offset(piece.offset)
+                    .rw_flags(*flags)
+                    .build()
+            }
+            Transfer::Sync => {
+                let mut writable = backing.writable();
+                let (Some(extent), None) = (writable.next(), writable.next()) else {
+                    return Err(several());
+                };
+                opcode::Fsync::new(fd(extent))
+                    .flags(types::FsyncFlags::DATASYNC)
+                    .build()
+            }
         };
         // SAFETY: the caller keeps alive what the entry points to.
         unsafe { self.0.submission().push(&entry.user_data(token)) }

@@ -2,7 +2,8 @@
 //! can be filled and emptied while the guest runs.
 //!
 //! This file is the device, its configuration, and the handle. [`request`] reads what the driver wants,
-//! [`backend`] does it, [`worker`] is the thread in between, [`attendant`] watches slots that are empty.
+//! [`backend`] does it with what [`extents`] says the device consists of, [`worker`] is the thread in between,
+//! [`attendant`] watches slots that are empty.
 //!
 //! An empty slot has capacity 0, which is how a guest knows an absent disk. Filling it changes the capacity and
 //! tells the guest. Whether a disk is read-only is settled when the driver starts, so a slot that was empty then
@@ -11,6 +12,7 @@
 
 mod attendant;
 mod backend;
+mod extents;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -28,7 +30,7 @@ use super::queue::{DeviceQueue, Violations};
 use super::worker::Workers;
 use super::{ActivateError, Activation, Device, DeviceType, Interrupt};
 use attendant::{Attendant, Wake};
-pub use backend::{Backing, BackingError};
+pub use extents::{Backing, BackingError};
 use request::{ID_SIZE, MAX_DATA_SEGMENTS, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
 use worker::{Command, Server};
 

@@ -163,3 +163,11 @@ pub fn put_status(memory: &GuestMemory, chain: &Chain, status: Status) {
         let _ = memory.write_obj(status as u8, address);
     }
 }
+
+/// The first status that is not good, or the last.
+#[must_use]
+pub fn first_failure(mut statuses: impl Iterator<Item = Status>) -> Status {
+    statuses
+        .find(|status| *status != Status::Ok)
+        .unwrap_or(Status::Ok)
+}

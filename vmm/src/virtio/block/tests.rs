@@ -461,3 +461,80 @@ fn the_configuration_has_the_layout_of_the_specification() {
     assert_eq!((u32_at(48), u32_at(52), space[56]), (1 << 22, 32, 1));
     assert_eq!(space[57..], [0; 7]);
 }
+
+#[test]
+fn many_files_are_one_disk_of_which_some_can_be_written() {
+    both_ways(|make| {
+        let layers = [disk(3), disk(5)];
+        layers[0].set_len(2 * 512 + 100).unwrap();
+        let upper = disk(8);
+        let owned = |file: &File| OwnedFd::from(file.try_clone().unwrap());
+        let parts = vec![
+            (owned(&layers[0]), Some(4 * 512), true),
+            (owned(&layers[1]), None, true),
+            (owned(&upper), Some(8 * 512), false),
+        ];
+        let (mut device, handle) = make(Some(Backing::concatenated(parts).unwrap()));
+        assert_eq!((capacity(&device), handle.capacity()), (17, 17 * 512));
+        assert_eq!(device.features() & F_RO, 0);
+        let mut driver = Driver::activate(&mut device);
+        let sector = |number: u8| vec![number; 512];
+        let mut tail = sector(2);
+        tail[100..].fill(0);
+        let first = [sector(0), sector(1), tail, sector(0)].concat();
+        let all = [first, disk_bytes(5), disk_bytes(8)].concat();
+        // Within an extent, across two, across all, and into the zeroes behind a short file.
+        for (from, count) in [(0, 2), (5, 3), (1, 3), (3, 1), (2, 4), (8, 3), (0, 17)] {
+            let expected = all[from * 512..(from + count) * 512].to_vec();
+            assert_eq!(
+                read(&mut driver, from as u64, count),
+                (expected, Some(OK)),
+                "{from}+{count}"
+            );
+        }
+        // Scattered buffers that do not end where extents do.
+        let header = header(IN, 2);
+        let id = driver.submit(
+            0,
+            &[
+                Buffer::Out(&header),
+                Buffer::In(700),
+                Buffer::In(1900),
+                Buffer::In(473),
+            ],
+        );
+        let mut answer = driver.wait(0, id);
+        assert_eq!(answer.pop(), Some(OK));
+        assert_eq!(answer, all[2 * 512..8 * 512]);
+        // Writes go where they may, and nowhere else.
+        for (sector, status) in [(0, IO_ERROR), (8, IO_ERROR), (9, OK), (15, OK), (16, IO_ERROR)] {
+            assert_eq!(
+                write(&mut driver, sector, &[0xab; 1024]),
+                Some(status),
+                "{sector}"
+            );
+        }
+        let (mut bytes, mut layer) = ([0; 1024], [0; 5 * 512]);
+        upper.read_exact_at(&mut bytes, 6 * 512).unwrap();
+        assert_eq!(bytes, [0xab; 1024]);
+        layers[1].read_exact_at(&mut layer, 0).unwrap();
+        assert_eq!(layer.to_vec(), disk_bytes(5));
+        assert_eq!(ask(&mut driver, FLUSH, 0, Buffer::Out(&[])).1, Some(OK));
+        for (at, status) in [(8, IO_ERROR), (0, IO_ERROR), (9, OK)] {
+            for kind in [DISCARD, WRITE_ZEROES] {
+                let ranges = range(at, 2, 0);
+                assert_eq!(
+                    ask(&mut driver, kind, 0, Buffer::Out(&ranges)).1,
+                    Some(status),
+                    "{kind} at {at}"
+                );
+            }
+        }
+        assert_eq!(read(&mut driver, 9, 3).0, [vec![0; 1024], sector(2)].concat());
+    });
+}
+
+/// What [`disk`] holds.
+fn disk_bytes(sectors: u8) -> Vec<u8> {
+    (0..sectors).flat_map(|sector| [sector; 512]).collect()
+}

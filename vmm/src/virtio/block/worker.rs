@@ -7,7 +7,8 @@ use std::sync::{Arc, mpsc};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::backend::{Backing, Ring, Transfer};
+use super::backend::{Ring, Transfer};
+use super::extents::Backing;
 use super::request::{self, Action, DATA_OFFSET, ID_SIZE, Status};
 use super::{Common, QUEUE_SIZE};
 use crate::virtio::queue::{Chain, DeviceQueue, Iovecs};
@@ -203,7 +204,9 @@ impl Server {
         let Some(backing) = self.backing.clone() else {
             return Some(0);
         };
-        if backing.is_read_only() && !matches!(action, Action::Read { .. } | Action::Flush) {
+        if let Action::Write { offset, length } = action
+            && !backing.may_write(offset, length as u64)
+        {
             return Some(self.conclude(token, Status::IoError, 0));
         }
         let counters = &self.common.counters;
@@ -240,12 +243,13 @@ impl Server {
             }
             Action::Discard(ranges) => {
                 counters.discards.add(0);
-                let status = first_failure(ranges.into_iter().map(|range| backing.discard(range)));
+                let status = request::first_failure(ranges.into_iter().map(|range| backing.discard(range)));
                 return Some(self.conclude(token, status, 0));
             }
             Action::WriteZeroes(ranges) => {
                 counters.discards.add(0);
-                let status = first_failure(ranges.into_iter().map(|range| backing.write_zeroes(range)));
+                let status =
+                    request::first_failure(ranges.into_iter().map(|range| backing.write_zeroes(range)));
                 return Some(self.conclude(token, status, 0));
             }
             Action::Identify => return Some(self.identify(token)),
@@ -331,11 +335,4 @@ impl Server {
         self.obey();
         self.queue.interrupt();
     }
-}
-
-/// The first status that is not good, or the last.
-fn first_failure(mut statuses: impl Iterator<Item = Status>) -> Status {
-    statuses
-        .find(|status| *status != Status::Ok)
-        .unwrap_or(Status::Ok)
 }
