@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use protocol::agent::create_container_request::Pid_namespace;
 use protocol::agent::{ConfigureSandboxRequest, CreateContainerRequest, GuestInfoResponse};
 use rustix::fs::{CWD, OFlags, open};
 use rustix::io::Errno;
@@ -116,11 +117,15 @@ impl Sandbox {
         if !self.configured.load(Ordering::SeqCst) {
             return Err(Error::State("the guest is not configured yet".into()));
         }
+        let neighbour = match &request.pid_namespace {
+            Some(Pid_namespace::PidNamespaceOf(other)) => Some(self.pid_namespace_of(other)?),
+            _ => None,
+        };
         match self.containers().entry(id.clone()) {
             Entry::Occupied(_) => return Err(Error::Exists(format!("container {id:?}"))),
             Entry::Vacant(vacant) => vacant.insert(Slot::Creating),
         };
-        match Container::create(&self.engine, request).await {
+        match Container::create(&self.engine, request, neighbour).await {
             Ok(container) => {
                 let pid = container.init_pid();
                 self.containers().insert(id, Slot::Ready(container));
@@ -130,6 +135,15 @@ impl Sandbox {
                 self.containers().remove(&id);
                 Err(error)
             }
+        }
+    }
+
+    fn pid_namespace_of(&self, id: &str) -> Result<OwnedFd, Error> {
+        match self.container(id) {
+            Ok(container) => container.pid_namespace(),
+            Err(_) => Err(Error::State(format!(
+                "container {id:?}, whose pid namespace is to be joined, does not exist"
+            ))),
         }
     }
 

@@ -29,6 +29,17 @@ pub enum TaskApi {
     V3,
 }
 
+/// What becomes of a pod that asks for the host's network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HostNetwork {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// It has no network.
+    None,
+}
+
 /// The guest kernel's CONFIG_NR_CPUS.
 pub(crate) const MOST_VCPUS: u8 = 64;
 
@@ -57,6 +68,7 @@ pub struct Config {
     block_slots: u8,
     debug_console: bool,
     task_api: TaskApi,
+    host_network: HostNetwork,
 }
 
 impl Default for Config {
@@ -127,6 +139,7 @@ impl Config {
             block_slots: 4,
             debug_console: false,
             task_api: TaskApi::Auto,
+            host_network: HostNetwork::Refuse,
         }
     }
 
@@ -233,6 +246,12 @@ impl Config {
     #[must_use]
     pub fn debug_console(&self) -> bool {
         self.debug_console
+    }
+
+    /// What becomes of a pod that asks for the host's network.
+    #[must_use]
+    pub fn host_network(&self) -> HostNetwork {
+        self.host_network
     }
 
     /// The task API that the shim announces.

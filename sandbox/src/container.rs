@@ -18,6 +18,7 @@ use crate::error::Error;
 use crate::events::{Event, EventSender};
 use crate::hooks::Hooks;
 use crate::io::Io;
+use crate::namespaces::Owner;
 use crate::proxy::Task;
 use crate::timeline::ContainerTimeline;
 use crate::vm::AttachedBlock;
@@ -347,6 +348,19 @@ impl Containers {
                 container: id.to_owned(),
             })
         }
+    }
+
+    /// Who has a pid of the host. One whose process has ended may be somebody else's by now.
+    pub fn owner_of(&self, pid: u32) -> Option<Owner> {
+        let is_owner = |container: &Container| {
+            container.phase == Phase::Made && container.init.pid == pid && container.init.task.is_some()
+        };
+        let (id, container) = self.map.iter().find(|(_, container)| is_owner(container))?;
+        Some(if container.in_guest {
+            Owner::Container(id.clone())
+        } else {
+            Owner::Sandbox
+        })
     }
 
     /// A process and its container.

@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind};
 use crate::events::Event;
 use crate::hooks::Hooks;
 use crate::io::Io;
+use crate::namespaces;
 use crate::pause;
 use crate::pod::Pod;
 use crate::process::watch_task;
@@ -64,6 +65,7 @@ pub(crate) async fn create(pod: Arc<Pod>, request: ContainerRequest) -> Result<u
         requested: pod.elapsed(),
         ..Default::default()
     };
+    namespaces::check(&spec, &pod.config)?;
     let hooks = Hooks::of(&spec, &id, &bundle)?;
     let mut container = Container::making(bundle.clone(), rootfs.clone(), stdio.uris(), timeline);
     container.hooks = hooks.clone();
@@ -119,6 +121,7 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
         hooks,
     } = request;
     let netns = Netns::from_oci(spec);
+    let pid_namespace = namespaces::resolve(spec, |pid| pod.containers().owner_of(pid))?;
     let Made {
         attached,
         tokens,
@@ -166,6 +169,7 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
         stdio: Some(io.tokens()).into(),
         terminal_rows: u32::try_from(rows).unwrap_or(0),
         terminal_columns: u32::try_from(columns).unwrap_or(0),
+        pid_namespace: Some(pid_namespace),
         ..Default::default()
     };
     *in_guest = true;

@@ -83,6 +83,9 @@ pub enum Error {
         /// The container.
         container: String,
     },
+    /// The container asks for namespaces it cannot have.
+    #[error(transparent)]
+    Namespace(#[from] crate::namespaces::NamespaceError),
     /// The request is malformed.
     #[error("{0}")]
     Invalid(String),
@@ -181,6 +184,7 @@ impl Error {
             Self::State { .. } | Self::Busy { .. } => ErrorKind::FailedPrecondition,
             Self::Invalid(_) | Self::Spec { .. } => ErrorKind::InvalidArgument,
             Self::Unsupported(_) | Self::OnlySandbox { .. } => ErrorKind::Unimplemented,
+            Self::Namespace(error) => error.kind(),
             Self::Start(cause) => cause.kind(),
             Self::Gone(_) => ErrorKind::Unavailable,
             Self::Vm(error) => error.kind(),

@@ -17,6 +17,7 @@ pub mod error;
 mod events;
 pub mod hooks;
 pub mod io;
+pub mod namespaces;
 mod pause;
 mod pod;
 mod process;

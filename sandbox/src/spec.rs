@@ -8,6 +8,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use crate::annotations::Role;
 use crate::config::Config;
 use crate::error::Error;
+use crate::namespaces;
 use crate::sizing::Sizing;
 
 /// Where the pod's host-side network is.
@@ -67,8 +68,9 @@ impl SandboxSpec {
     /// Reads it from the specification of the sandbox's first container.
     ///
     /// # Errors
-    /// [`Error::Invalid`] when the resources it asks for make no VM.
+    /// [`Error::Invalid`] when the resources it asks for make no VM, [`Error::Namespace`] when it asks for what no VM has.
     pub fn from_oci(id: &str, spec: &Spec, config: &Config) -> Result<Self, Error> {
+        namespaces::check(spec, config)?;
         let sizing = Sizing::from_oci(spec, config).map_err(|error| Error::Invalid(error.to_string()))?;
         Ok(Self {
             id: id.to_owned(),

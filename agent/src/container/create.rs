@@ -1,6 +1,6 @@
 //! The making of processes and their surroundings: everything that may block, and what undoes it.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -52,6 +52,7 @@ pub(super) fn make(
     spec: &Spec,
     request: &CreateContainerRequest,
     namespaces: Namespaces,
+    neighbour: Option<&OwnedFd>,
     size: (u16, u16),
 ) -> Result<Made, Error> {
     let mut storage = Storage::prepare(&engine.layout, &request.container_id, &request.rootfs)?;
@@ -80,11 +81,14 @@ pub(super) fn make(
         let plan = plan::init(spec, parts)?;
         let pid_namespace = match namespaces.pid {
             namespaces::Pid::Pod => Some(engine.pod_pid_namespace()?),
-            namespaces::Pid::Own | namespaces::Pid::Guest => None,
+            namespaces::Pid::Own | namespaces::Pid::Guest | namespaces::Pid::Container => None,
         };
         let place = Place {
             namespaces: namespaces.flags,
-            pid_namespace: pid_namespace.as_ref().map(|namespace| namespace.fd()),
+            pid_namespace: pid_namespace
+                .as_ref()
+                .map(|namespace| namespace.fd())
+                .or(neighbour.map(AsFd::as_fd)),
             cgroup: cgroup.fd(),
         };
         let born = spawn::spawn(&plan, place, &engine.reaper)?;

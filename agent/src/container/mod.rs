@@ -21,7 +21,7 @@ pub mod target;
 mod terminal;
 
 use std::collections::HashMap;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -86,17 +86,26 @@ async fn blocking<T: Send + 'static>(
 impl Container {
     /// Makes a container up to the point where its init would execute. A failure leaves nothing behind.
     ///
+    /// `neighbour` is the pid namespace of another container, for a request that names one.
+    ///
     /// # Errors
     /// [`Error`].
-    pub async fn create(engine: &Arc<Engine>, request: CreateContainerRequest) -> Result<Arc<Self>, Error> {
+    pub async fn create(
+        engine: &Arc<Engine>,
+        request: CreateContainerRequest,
+        neighbour: Option<OwnedFd>,
+    ) -> Result<Arc<Self>, Error> {
         let spec: Spec = spec::parse("spec", &request.spec)?;
         spec::check_supported(&spec)?;
-        let namespaces = Namespaces::new(&spec.linux.namespaces)?;
+        let namespaces = Namespaces::new(&spec.linux.namespaces, request.pid_namespace.as_ref())?;
         let size = window(request.terminal_rows, request.terminal_columns)?;
         let id = request.container_id.clone();
         let stdio = request.stdio.clone().unwrap_or_default();
         let maker = Arc::clone(engine);
-        let make = blocking(move || make(&maker, &spec, &request, namespaces, size).map(|made| (spec, made)));
+        let make = blocking(move || {
+            let made = make(&maker, &spec, &request, namespaces, neighbour.as_ref(), size)?;
+            Ok((spec, made))
+        });
         let (made, streams) = tokio::join!(make, connect(&stdio, &engine.connector));
         let (spec, made) = made?;
         let Made {
@@ -150,6 +159,19 @@ impl Container {
     #[must_use]
     pub fn init_pid(&self) -> i32 {
         self.init.pid.as_raw_nonzero().get()
+    }
+
+    /// The pid namespace of its init.
+    ///
+    /// # Errors
+    /// [`Error::State`] when that has exited.
+    pub fn pid_namespace(&self) -> Result<OwnedFd, Error> {
+        let namespace = pid_namespace_of(self.init_pid());
+        // The pid belongs to the init as long as that lives, and then so does what was opened by it.
+        if self.init.has_ended() {
+            return Err(Error::State(format!("container {:?} has exited", self.id)));
+        }
+        namespace
     }
 
     fn execs(&self) -> MutexGuard<'_, Execs> {

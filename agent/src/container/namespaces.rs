@@ -5,6 +5,8 @@
 //! interfaces are in the guest's own namespace. Only pid needs more, since the guest's own pid namespace holds the
 //! agent: a joined one is the pod's, made when first needed.
 
+use protocol::agent::create_container_request::Pid_namespace;
+
 use super::spec::{self, SpecError};
 
 /// Where a container's processes live.
@@ -16,6 +18,8 @@ pub enum Pid {
     Pod,
     /// In the guest's, beside the agent.
     Guest,
+    /// In another container's.
+    Container,
 }
 
 /// What a container gets.
@@ -31,11 +35,11 @@ pub struct Namespaces {
 }
 
 impl Namespaces {
-    /// Reads the list.
+    /// Reads the list. `pid` is the host's word on the pid namespace, which goes before the list's.
     ///
     /// # Errors
     /// [`SpecError`] for namespaces that are not supported, unknown or given twice.
-    pub fn new(list: &[spec::Namespace]) -> Result<Self, SpecError> {
+    pub fn new(list: &[spec::Namespace], pid: Option<&Pid_namespace>) -> Result<Self, SpecError> {
         let mut this = Self {
             // A container has a mount namespace in any case: its mounts are nobody else's.
             flags: libc::CLONE_NEWNS as u64,
@@ -53,10 +57,7 @@ impl Namespaces {
             }
             let new = namespace.path.is_empty();
             match namespace.kind.as_str() {
-                "pid" if new => {
-                    this.pid = Pid::Own;
-                    this.flags |= libc::CLONE_NEWPID as u64;
-                }
+                "pid" if new => this.pid = Pid::Own,
                 "pid" => this.pid = Pid::Pod,
                 "ipc" if new => this.flags |= libc::CLONE_NEWIPC as u64,
                 "uts" if new => {
@@ -79,6 +80,22 @@ impl Namespaces {
                 }
             }
         }
+        match pid {
+            None => {}
+            Some(Pid_namespace::OwnPidNamespace(_)) => this.pid = Pid::Own,
+            Some(Pid_namespace::PodPidNamespace(_)) => this.pid = Pid::Pod,
+            Some(Pid_namespace::GuestPidNamespace(_)) => this.pid = Pid::Guest,
+            Some(Pid_namespace::PidNamespaceOf(_)) => this.pid = Pid::Container,
+            Some(_) => {
+                return Err(SpecError::unsupported(
+                    "pid_namespace",
+                    "this agent does not know it",
+                ));
+            }
+        }
+        if this.pid == Pid::Own {
+            this.flags |= libc::CLONE_NEWPID as u64;
+        }
         Ok(this)
     }
 }
@@ -88,7 +105,7 @@ mod tests {
     use super::*;
 
     fn read(json: &str) -> Result<Namespaces, SpecError> {
-        Namespaces::new(&serde_json::from_str::<Vec<spec::Namespace>>(json).unwrap())
+        Namespaces::new(&serde_json::from_str::<Vec<spec::Namespace>>(json).unwrap(), None)
     }
 
     #[test]
@@ -109,6 +126,19 @@ mod tests {
         assert!(!joined.own_uts && !joined.own_cgroup);
         assert_eq!(joined.flags, libc::CLONE_NEWNS as u64);
         assert_eq!(read("[]").unwrap().pid, Pid::Guest);
+    }
+
+    #[test]
+    fn the_hosts_word_on_the_pid_namespace_goes_before_the_lists() {
+        let told = |pid| Namespaces::new(&[], Some(&pid)).unwrap();
+        let own = told(Pid_namespace::OwnPidNamespace(Default::default()));
+        assert_eq!(own.pid, Pid::Own);
+        assert_ne!(own.flags & libc::CLONE_NEWPID as u64, 0);
+        let list: Vec<spec::Namespace> = serde_json::from_str(r#"[{"type":"pid"}]"#).unwrap();
+        let other = Pid_namespace::PidNamespaceOf("c".into());
+        let joined = Namespaces::new(&list, Some(&other)).unwrap();
+        assert_eq!(joined.pid, Pid::Container);
+        assert_eq!(joined.flags & libc::CLONE_NEWPID as u64, 0);
     }
 
     #[test]

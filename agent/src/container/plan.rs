@@ -354,7 +354,7 @@ mod tests {
             &spec,
             InitParts {
                 id: "c",
-                namespaces: Namespaces::new(&spec.linux.namespaces).unwrap(),
+                namespaces: Namespaces::new(&spec.linux.namespaces, None).unwrap(),
                 rootfs: Path::new("/r"),
                 mounts: Vec::new(),
                 foreign_dev: false,

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use protocol::agent;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use tokio::sync::watch;
@@ -154,6 +155,21 @@ impl Process {
     #[must_use]
     pub fn is_alive(&self) -> bool {
         !matches!(*self.state(), State::Exited | State::Failed)
+    }
+
+    /// Whether the process is dead. The state follows with a delay; the kernel knows at once.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        // A pidfd that cannot be polled does not exist.
+        poll(
+            &mut fds,
+            Some(&Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            }),
+        )
+        .is_ok_and(|ready| ready > 0)
     }
 
     /// Whether it was executed and has not exited.

@@ -158,6 +158,40 @@ guest_tests! {
         host.delete("a").await.unwrap();
     }
 
+    async fn a_container_can_join_anothers_pid_namespace(host) {
+        let joining = |id: &str, of: &str, script: &str| {
+            let mut request = container(id, script);
+            request.set_pid_namespace_of(of.into());
+            request
+        };
+        let early = host.create(&joining("b", "a", "true")).await.unwrap_err();
+        assert_eq!(early.code, ttrpc::Code::FAILED_PRECONDITION, "{early:?}");
+        host.create(&container("a", "sleep 777")).await.unwrap();
+        host.start_process("a", "").await.unwrap();
+        let output = host.run(joining("b", "a", "readlink /proc/self/ns/pid; ps -o pid,args | grep '[s]leep 777'")).await;
+        let (namespace, process) = output.stdout.split_once('\n').unwrap();
+        assert_ne!(namespace, std::fs::read_link("/proc/self/ns/pid").unwrap().to_str().unwrap());
+        assert_eq!(process.split_whitespace().next(), Some("1"), "{process}");
+        // Who joined goes down with the namespace, and its exit is told as any.
+        host.create(&joining("c", "a", "sleep 778")).await.unwrap();
+        host.start_process("c", "").await.unwrap();
+        host.signal("a", "", libc::SIGKILL, false).await.unwrap();
+        assert_eq!(host.exit("c", "").await, 137);
+        assert_eq!(host.exit("a", "").await, 137);
+        let late = host.create(&joining("d", "a", "true")).await.unwrap_err();
+        assert_eq!(late.code, ttrpc::Code::FAILED_PRECONDITION, "{late:?}");
+        for id in ["a", "c"] {
+            host.delete(id).await.unwrap();
+        }
+    }
+
+    async fn the_hosts_word_on_the_pid_namespace_goes_before_the_specs(host) {
+        let mut request = container("c", "readlink /proc/self/ns/pid");
+        request.set_guest_pid_namespace(Default::default());
+        let expected = std::fs::read_link("/proc/self/ns/pid").unwrap();
+        assert_eq!(host.run(request).await.stdout.trim(), expected.to_str().unwrap());
+    }
+
     async fn an_update_that_the_kernel_refuses_is_named(host) {
         host.start_sleeper("c").await;
         let update = async |resources: &str| {

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::empty::Empty;
+use protocol::agent::create_container_request::Pid_namespace;
 use protocol::agent::failure::Reason;
 use protocol::agent::service::{Agent, create_agent};
 use protocol::agent::{
@@ -291,6 +292,16 @@ impl Agent for Guest {
     ) -> ttrpc::Result<CreateProcessResponse> {
         let spec: serde_json::Value = serde_json::from_slice(&request.spec).unwrap();
         assert_eq!(request.rootfs.last().unwrap().target, "/rootfs");
+        if spec["process"]["args"][0] == "tells-its-pid-namespace" {
+            let told = match request.pid_namespace {
+                Some(Pid_namespace::OwnPidNamespace(_)) => "pids of its own".to_owned(),
+                Some(Pid_namespace::PodPidNamespace(_)) => "pids of the pod".to_owned(),
+                Some(Pid_namespace::GuestPidNamespace(_)) => "pids of the guest".to_owned(),
+                Some(Pid_namespace::PidNamespaceOf(other)) => format!("pids of {other}"),
+                other => panic!("{other:?}"),
+            };
+            return Err(failure(Code::INVALID_ARGUMENT, Reason::SPEC_UNSUPPORTED, &told));
+        }
         self.add(
             (request.container_id, String::new()),
             &spec["process"],

@@ -46,6 +46,8 @@ tests![
     a_paused_container_takes_no_exec,
     execs_are_told_apart,
     a_pods_sandbox_is_nothing_in_the_guest_and_outlives_its_containers,
+    namespaces_are_told_by_the_pids_of_the_pods_own_processes,
+    a_pod_in_a_namespace_of_the_host_is_refused,
     hooks_run_around_the_container,
     a_failed_hook_undoes_the_container,
     the_vm_is_counted_in_its_cgroup_which_goes_with_it,
@@ -671,8 +673,11 @@ async fn execs_are_told_apart(place: &Place) {
 /// A container with a hook of each kind that runs on the host; each writes a line to `log`.
 /// A request for the container that CRI calls the pod's sandbox. Neither its program nor its root file system exist.
 fn pause(place: &Place, id: &str) -> ContainerRequest {
-    let mut spec: serde_json::Value =
-        serde_json::from_slice(&oci("/pause", &serde_json::json!([{ "type": "network" }]))).unwrap();
+    let mut spec: serde_json::Value = serde_json::from_slice(&oci(
+        "/pause",
+        &serde_json::json!([{ "type": "network" }, { "type": "ipc" }]),
+    ))
+    .unwrap();
     spec["annotations"] = serde_json::json!({ "io.kubernetes.cri.container-type": "sandbox" });
     spec["root"]["path"] = "/nonexistent".into();
     ContainerRequest {
@@ -751,6 +756,65 @@ async fn a_pods_sandbox_is_nothing_in_the_guest_and_outlives_its_containers(plac
             "end",
         ]
     );
+}
+
+/// A container of a pod with the pod's namespaces but for one.
+fn member(place: &Place, id: &str, word: &str, pod: u32, pid: &serde_json::Value) -> ContainerRequest {
+    let at = |kind: &str| serde_json::json!({ "type": kind, "path": format!("/proc/{pod}/ns/{kind}") });
+    let mut namespaces = vec![
+        serde_json::json!({ "type": "network", "path": format!("/proc/{pod}/ns/net") }),
+        at("ipc"),
+        at("uts"),
+    ];
+    if !pid.is_null() {
+        namespaces.push(pid.clone());
+    }
+    let mut spec: serde_json::Value =
+        serde_json::from_slice(&oci(word, &serde_json::json!(namespaces))).unwrap();
+    spec["annotations"] = serde_json::json!({ "io.kubernetes.cri.container-type": "container" });
+    ContainerRequest {
+        spec_json: serde_json::to_vec(&spec).unwrap(),
+        ..place.container(id, word)
+    }
+}
+
+async fn namespaces_are_told_by_the_pids_of_the_pods_own_processes(place: &Place) {
+    let (sandbox, _events) = place.start("ordinary");
+    let pod = sandbox.create_container(pause(place, "pod")).await.unwrap();
+    sandbox.start_process(&ProcessId::init("pod")).await.unwrap();
+    let own = serde_json::json!({ "type": "pid" });
+    let other = sandbox
+        .create_container(member(place, "c", "runs", pod, &own))
+        .await
+        .unwrap();
+    let at = |pid: u32| serde_json::json!({ "type": "pid", "path": format!("/proc/{pid}/ns/pid") });
+    let told = async |pid: serde_json::Value| {
+        let request = member(place, "t", "tells-its-pid-namespace", pod, &pid);
+        sandbox.create_container(request).await.unwrap_err().to_string()
+    };
+    assert!(told(own.clone()).await.ends_with("pids of its own"));
+    assert!(told(at(pod)).await.ends_with("pids of the pod"));
+    assert!(told(at(other)).await.ends_with("pids of c"));
+    assert!(told(serde_json::Value::Null).await.ends_with("pids of the guest"));
+    let foreign = told(at(1)).await;
+    assert!(foreign.contains("/proc/1/ns/pid cannot be joined"), "{foreign}");
+    // A pid that was one of the pod's is nobody's once its process has ended.
+    sandbox.signal(&ProcessId::init("c"), 9, false).await.unwrap();
+    sandbox.wait(&ProcessId::init("c")).await.unwrap();
+    let gone = told(at(other)).await;
+    assert!(gone.contains("cannot be joined"), "{gone}");
+}
+
+async fn a_pod_in_a_namespace_of_the_host_is_refused(place: &Place) {
+    let (sandbox, _events) = place.start("ordinary");
+    let mut request = pause(place, "pod");
+    let mut spec: serde_json::Value = serde_json::from_slice(&request.spec_json).unwrap();
+    spec["linux"]["namespaces"] = serde_json::json!([{ "type": "ipc" }]);
+    request.spec_json = serde_json::to_vec(&spec).unwrap();
+    let error = sandbox.create_container(request).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert!(error.to_string().contains("hostNetwork: true"), "{error}");
+    assert!(sandbox.containers().is_empty());
 }
 
 fn with_hooks(place: &Place, id: &str, create_runtime: &str) -> ContainerRequest {
