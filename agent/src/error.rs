@@ -10,6 +10,7 @@ use ttrpc::{Code, Status};
 use crate::container::SpawnError;
 use crate::container::cgroup::CgroupError;
 use crate::container::spec::SpecError;
+use crate::network::NetworkError;
 use crate::storage::StorageError;
 
 /// Why a call failed.
@@ -42,6 +43,9 @@ pub enum Error {
     /// The process.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// A stream to the host.
     #[error("cannot connect {name} to the host: {source}")]
     Stream {
@@ -65,6 +69,7 @@ impl Error {
         let raw = |error: &std::io::Error| error.raw_os_error().map(Errno::from_raw_os_error);
         match self {
             Self::Kernel { source, .. } => Some(*source),
+            Self::Network(NetworkError::Kernel { source, .. }) => Some(source.errno),
             Self::Stream { source, .. } | Self::Queue(source) => raw(source),
             Self::Spawn(
                 SpawnError::Clone { source, .. }
@@ -115,11 +120,14 @@ impl Error {
                 errno if is_refusal(errno) => Code::PERMISSION_DENIED,
                 _ => self.code_of_errno(),
             },
+            Self::Network(NetworkError::NoDevice(..)) => Code::NOT_FOUND,
+            Self::Network(NetworkError::Invalid(_)) => Code::INVALID_ARGUMENT,
             Self::Cgroup(CgroupError::BelowUse { .. }) => Code::FAILED_PRECONDITION,
             Self::Spawn(_)
             | Self::Cgroup(_)
             | Self::Stream { .. }
             | Self::Kernel { .. }
+            | Self::Network(NetworkError::Kernel { .. })
             | Self::Queue(_)
             | Self::Internal(_) => self.code_of_errno(),
         }

@@ -11,6 +11,7 @@ mod clock;
 mod container;
 mod error;
 mod events;
+mod network;
 mod reaper;
 mod rpc;
 mod sandbox;

@@ -59,11 +59,13 @@ fn done(result: Result<(), Error>) -> Reply<Empty> {
 #[async_trait]
 impl Agent for Service {
     async fn configure_sandbox(&self, _: &TtrpcContext, request: ConfigureSandboxRequest) -> Reply<Empty> {
-        done(self.0.configure(&request))
+        let sandbox = Arc::clone(&self.0);
+        complete(async move { sandbox.configure(request).await.map(|()| Empty::new()) }).await
     }
 
-    async fn update_network(&self, _: &TtrpcContext, _: Network) -> Reply<Empty> {
-        Err(Error::Invalid("this guest has no network devices".into()).into())
+    async fn update_network(&self, _: &TtrpcContext, request: Network) -> Reply<Empty> {
+        let sandbox = Arc::clone(&self.0);
+        complete(async move { sandbox.update_network(request).await.map(|()| Empty::new()) }).await
     }
 
     async fn set_online_cpus(

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use protocol::agent::create_container_request::Pid_namespace;
-use protocol::agent::{ConfigureSandboxRequest, CreateContainerRequest, GuestInfoResponse};
+use protocol::agent::{ConfigureSandboxRequest, CreateContainerRequest, GuestInfoResponse, Network};
 use rustix::fs::{CWD, OFlags, open};
 use rustix::io::Errno;
 use tokio::sync::Notify;
@@ -19,6 +19,7 @@ use crate::container::mount::{self, FileSystem};
 use crate::container::{Container, Engine, check_id, sysctl};
 use crate::error::Error;
 use crate::events::Listener;
+use crate::network;
 
 /// Where containers that share the pod's /dev/shm find it in the guest.
 const SHARED_MEMORY: &str = "/dev/shm";
@@ -30,6 +31,7 @@ pub struct Sandbox {
     pub events: Listener,
     containers: Mutex<HashMap<String, Slot>>,
     configured: AtomicBool,
+    network: network::State,
     /// Told when the host wants the guest to end.
     pub ending: Notify,
     times: Times,
@@ -60,6 +62,7 @@ impl Sandbox {
             events,
             containers: Mutex::default(),
             configured: AtomicBool::new(false),
+            network: network::State::default(),
             ending: Notify::new(),
             times,
         }
@@ -73,7 +76,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`Error::State`] the second time, others with the setting.
-    pub fn configure(&self, request: &ConfigureSandboxRequest) -> Result<(), Error> {
+    pub async fn configure(&self, request: ConfigureSandboxRequest) -> Result<(), Error> {
         if self.configured.swap(true, Ordering::SeqCst) {
             return Err(Error::State("the guest is already configured".into()));
         }
@@ -92,6 +95,10 @@ impl Sandbox {
         if !request.hostname.is_empty() {
             rustix::system::sethostname(request.hostname.as_bytes()).map_err(kernel("set the host name"))?;
         }
+        // Before the sysctls, which may name an interface.
+        if let Some(network) = request.network.into_option() {
+            self.network.apply(network).await?;
+        }
         for (name, value) in &request.sysctls {
             let member = format!("sysctls[{name:?}]");
             if let Step::Write { path, data, .. } = sysctl(&member, name, value)? {
@@ -107,6 +114,23 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Makes the network what it shall be from now on.
+    ///
+    /// # Errors
+    /// [`Error::State`] before the pod is configured, [`Error::Network`].
+    pub async fn update_network(&self, network: Network) -> Result<(), Error> {
+        self.check_configured()?;
+        Ok(self.network.apply(network).await?)
+    }
+
+    fn check_configured(&self) -> Result<(), Error> {
+        if self.configured.load(Ordering::SeqCst) {
+            Ok(())
+        } else {
+            Err(Error::State("the guest is not configured yet".into()))
+        }
+    }
+
     /// Makes a container; gives its init's pid.
     ///
     /// # Errors
@@ -114,9 +138,7 @@ impl Sandbox {
     pub async fn create(&self, request: CreateContainerRequest) -> Result<i32, Error> {
         let id = request.container_id.clone();
         check_id(&id)?;
-        if !self.configured.load(Ordering::SeqCst) {
-            return Err(Error::State("the guest is not configured yet".into()));
-        }
+        self.check_configured()?;
         let neighbour = match &request.pid_namespace {
             Some(Pid_namespace::PidNamespaceOf(other)) => Some(self.pid_namespace_of(other)?),
             _ => None,
