@@ -230,6 +230,17 @@ impl HostCgroup {
         )?)
     }
 
+    /// Reads one of its files.
+    ///
+    /// # Errors
+    /// Those of open(2) and read(2).
+    pub fn read(&self, name: &str) -> io::Result<String> {
+        let mut text = String::new();
+        let file = self.open_file(name, OFlags::RDONLY)?;
+        io::Read::read_to_string(&mut std::fs::File::from(file), &mut text)?;
+        Ok(text)
+    }
+
     fn write(&self, name: &str, text: &str) -> io::Result<()> {
         let file = self.open_file(name, OFlags::WRONLY)?;
         rustix::io::write(file, text.as_bytes())?;

@@ -30,6 +30,7 @@ mod spec;
 pub mod storage;
 mod streams;
 mod timeline;
+mod usage;
 mod vm;
 
 pub use annotations::Role;

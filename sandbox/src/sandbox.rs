@@ -12,12 +12,12 @@ use crate::api::{
 };
 use crate::config::Config;
 use crate::container::{Freezer, Phase, Stage};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, chain};
 use crate::events::{Event, EventSender, Events};
 use crate::pod::{Pod, lock};
 use crate::spec::SandboxSpec;
 use crate::timeline::{ContainerTimeline, Timeline};
-use crate::{create, process};
+use crate::{create, process, usage};
 
 /// How long what is left on the host may take to go: processes that only leave a poll(2), and a cgroup.
 const LEFTOVERS_TIMEOUT: Duration = Duration::from_secs(10);
@@ -282,14 +282,14 @@ impl Sandbox {
         }
     }
 
-    /// A container's counters, until it is deleted: also after its exit, and the last ones read once its VM is gone.
+    /// A container's counters, or a pod's for its sandbox, until it is deleted: also after its exit, and the last ones read once its VM is gone.
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::Unavailable`] when the VM is gone and none were read.
     pub async fn stats(&self, container: &str) -> Result<ContainerStatsResponse, Error> {
         let pod = self.pod();
         if !pod.containers().made("read the counters of", container)?.in_guest {
-            return Ok(ContainerStatsResponse::new());
+            return self.usage().await;
         }
         let result = match pod.agent().await {
             Ok(agent) => agent.stats(container).await,
@@ -306,6 +306,18 @@ impl Sandbox {
                 last.filter(|_| error.kind() == ErrorKind::Unavailable)
                     .ok_or(error)
             }
+        }
+    }
+
+    /// What the whole pod uses, as the host counts it.
+    async fn usage(&self) -> Result<ContainerStatsResponse, Error> {
+        let path = self.pod().spec.cgroups_path.clone();
+        let read = tokio::task::spawn_blocking(move || usage::read(path.as_deref()));
+        let failed = |kind, message| Error::Other { kind, message };
+        match read.await {
+            Ok(Ok(stats)) => Ok(stats),
+            Ok(Err(error)) => Err(failed(error.kind(), chain(&error))),
+            Err(error) => Err(failed(ErrorKind::Internal, error.to_string())),
         }
     }
 

@@ -39,6 +39,9 @@ impl Netns {
     }
 }
 
+/// The /dev/shm of a pod whose sandbox says nothing of one, as containerd's and CRI-O's pods have it.
+const DEFAULT_SHM_BYTES: u64 = 64 << 20;
+
 /// What a sandbox is made from.
 #[derive(Clone, Debug)]
 pub struct SandboxSpec {
@@ -88,7 +91,10 @@ impl SandboxSpec {
                 .and_then(|process| process.oom_score_adj())
                 .unwrap_or(0),
             sysctls: pod_sysctls(spec),
-            shm_bytes: crate::storage::shm_bytes(spec),
+            shm_bytes: match (crate::storage::shm_bytes(spec), Role::of(spec)) {
+                (0, Role::Sandbox) => DEFAULT_SHM_BYTES,
+                (bytes, _) => bytes,
+            },
             shared_pid_namespace: false,
         })
     }

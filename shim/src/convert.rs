@@ -1,4 +1,4 @@
-//! Between the sandbox's types and the Task API's: errors to gRPC codes, times, states, mounts.
+//! Between the sandbox's types and the callers' APIs: calls, errors to gRPC codes, times, states, mounts.
 
 use std::time::SystemTime;
 
@@ -33,6 +33,21 @@ pub fn code(kind: ErrorKind) -> Code {
         ErrorKind::PermissionDenied => Code::PERMISSION_DENIED,
         ErrorKind::Internal => Code::INTERNAL,
     }
+}
+
+/// Runs a call to its end even when its caller goes away.
+pub async fn to_the_end<T: Send + 'static>(
+    call: impl Future<Output = ttrpc::Result<T>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    match tokio::spawn(call).await {
+        Ok(result) => result,
+        Err(error) => Err(status(Code::INTERNAL, format!("the call ended early: {error}"))),
+    }
+}
+
+/// An answer that cannot be encoded.
+pub fn encoding(error: &protobuf::Error) -> ttrpc::Error {
+    status(Code::INTERNAL, format!("cannot encode the answer: {error}"))
 }
 
 /// A failed sandbox call as ttrpc carries it, with the words callers look for to tell exit status 127 from 126.

@@ -22,6 +22,7 @@ use crate::options::RuntimeOptions;
 use crate::pod::Pod;
 use crate::publisher::Publisher;
 use crate::record::Record;
+use crate::sandbox_api::SandboxService;
 use crate::task::TaskService;
 use crate::{log, socket};
 
@@ -117,7 +118,8 @@ async fn run(
     let listener = Listener::try_from(listener).map_err(|error| failed(&error))?;
     let mut server = Server::new()
         .add_listener(listener)
-        .register_service(TaskService::new(Arc::clone(&pod), socket.clone()).services());
+        .register_service(TaskService::new(Arc::clone(&pod), socket.clone()).services())
+        .register_service(SandboxService::new(Arc::clone(&pod), socket.clone()).services());
     server.start().await.map_err(|error| failed(&error))?;
 
     // A signal means it: the containers end, their waiters and containerd are told, nothing is left.

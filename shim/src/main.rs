@@ -6,22 +6,25 @@
 //!
 //! [`arguments`] is the command line, [`request`] what came with `start` on standard input, [`bootstrap`] the
 //! `start` action, [`daemon`] the `serve` action, [`task`] the Task service on top of [`pod`], [`publisher`] the
-//! events to containerd, [`cleanup`] the `delete` action. The Sandbox service will be `sandbox_api`, on the same
-//! socket and the same [`pod`].
+//! events to containerd, [`cleanup`] the `delete` action. [`sandbox_api`] is the Sandbox service, on the same
+//! socket and the same [`pod`]; [`pod_config`] reads what it is given.
 
 mod arguments;
 mod bootstrap;
 mod cleanup;
 mod convert;
+mod cri;
 mod daemon;
 mod info;
 mod log;
 mod metrics;
 mod options;
 mod pod;
+mod pod_config;
 mod publisher;
 mod record;
 mod request;
+mod sandbox_api;
 mod socket;
 mod task;
 

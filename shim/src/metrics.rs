@@ -1,12 +1,26 @@
 //! A container's cgroup counters as `io.containerd.cgroups.v2.Metrics`, which containerd's CRI and CRI-O read.
 
 use containerd_shim_protos::cgroups_v2::metrics as v2;
-use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message as _, MessageField};
 use sandbox::ContainerStatsResponse;
 use sandbox::container_stats_response::{Pressure, PressureLine};
 
+use crate::convert::encoding;
+
 /// The type's name in an `Any`.
-pub const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
+const TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
+
+/// A reading as the caller gets it.
+pub fn any(stats: &ContainerStatsResponse) -> ttrpc::Result<Any> {
+    Ok(Any {
+        type_url: TYPE_URL.to_owned(),
+        value: metrics(stats)
+            .write_to_bytes()
+            .map_err(|error| encoding(&error))?,
+        ..Any::default()
+    })
+}
 
 /// Converts the agent's reading.
 pub fn metrics(stats: &ContainerStatsResponse) -> v2::Metrics {

@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use oci_spec::runtime::Spec;
@@ -52,6 +52,8 @@ pub struct Pod {
     options: RuntimeOptions,
     publisher: Publisher,
     state: Mutex<State>,
+    /// The bundle of a sandbox that came by the Sandbox service.
+    sandbox_bundle: OnceLock<PathBuf>,
     creating: AtomicUsize,
     /// Containers came or went.
     changed: Notify,
@@ -84,6 +86,7 @@ impl Pod {
             options,
             publisher,
             state: Mutex::new(State::Waiting),
+            sandbox_bundle: OnceLock::new(),
             creating: AtomicUsize::new(0),
             changed: Notify::new(),
             leave: Notify::new(),
@@ -100,6 +103,21 @@ impl Pod {
             State::Running(running) => Some(running.sandbox.clone()),
             State::Waiting | State::Closed => None,
         }
+    }
+
+    /// The pod's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The pod's sandbox came by the Sandbox service, with this bundle: no event tells of it.
+    pub fn keeps_sandbox(&self, bundle: &Path) {
+        let _ = self.sandbox_bundle.set(bundle.to_owned());
+    }
+
+    /// The bundle of a sandbox that came by the Sandbox service; it holds the files of [`crate::pod_config`].
+    pub fn sandbox_bundle(&self) -> Option<&Path> {
+        self.sandbox_bundle.get().map(PathBuf::as_path)
     }
 
     /// What `delete` must know, should this process be killed. `task` stands for the container.
@@ -184,7 +202,9 @@ impl Pod {
                 Event::ContainerCreated { .. } | Event::Deleted { .. } => self.changed.notify_one(),
                 _ => {}
             }
-            self.publisher.publish(event);
+            if self.sandbox_bundle().is_none() || !is_about(&event, &self.id) {
+                self.publisher.publish(event);
+            }
         }
     }
 
@@ -208,6 +228,11 @@ impl Pod {
             self.leave.notify_one();
         }
         empty
+    }
+
+    /// The shim leaves, whatever there is.
+    pub fn leave(&self) {
+        self.leave.notify_one();
     }
 
     /// Resolves when the shim shall leave: it was told to, or nobody has used it for long.
@@ -244,6 +269,17 @@ impl Pod {
             }
         }
         self.publisher.finish(LAST_EVENTS_LIMIT).await;
+    }
+}
+
+/// Whether an event is about the init of this container.
+fn is_about(event: &Event, id: &str) -> bool {
+    match event {
+        Event::ContainerCreated { container_id, .. } | Event::ContainerStarted { container_id, .. } => {
+            container_id == id
+        }
+        Event::Exited { process, .. } | Event::Deleted { process, .. } => process.container_id == id,
+        _ => false,
     }
 }
 

@@ -20,16 +20,17 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use protobuf::well_known_types::any::Any;
-use protobuf::{EnumOrUnknown, Message as _, MessageField};
+use protobuf::{EnumOrUnknown, MessageField};
 use sandbox::{ContainerRequest, ExecRequest, ProcessEntry, ProcessId, Sandbox, Stdio};
 use tracing::{info, warn};
 use ttrpc::Code;
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use crate::convert::{self, failure, status};
+use crate::convert::{self, encoding, failure, status, to_the_end};
 use crate::metrics;
 use crate::options::RuntimeOptions;
 use crate::pod::Pod;
+use crate::pod_config;
 
 const NAME_V3: &str = "containerd.task.v3.Task";
 const NAME_V2: &str = "containerd.task.v2.Task";
@@ -95,6 +96,10 @@ impl TaskService {
             );
             status(Code::INVALID_ARGUMENT, message)
         })?;
+        let spec_json = match self.pod.sandbox_bundle() {
+            Some(bundle) => pod_config::complete(spec_json, bundle),
+            None => spec_json,
+        };
         let sandbox = self
             .pod
             .sandbox_for(&spec_json, options)
@@ -123,16 +128,6 @@ impl TaskService {
             pid,
             ..CreateTaskResponse::default()
         })
-    }
-}
-
-/// Runs a call to its end even when its caller goes away.
-async fn to_the_end<T: Send + 'static>(
-    call: impl Future<Output = ttrpc::Result<T>> + Send + 'static,
-) -> ttrpc::Result<T> {
-    match tokio::spawn(call).await {
-        Ok(result) => result,
-        Err(error) => Err(status(Code::INTERNAL, format!("the call ended early: {error}"))),
     }
 }
 
@@ -175,10 +170,6 @@ fn process_info(entry: ProcessEntry) -> ttrpc::Result<ProcessInfo> {
         );
     }
     Ok(info)
-}
-
-fn encoding(error: &protobuf::Error) -> ttrpc::Error {
-    status(Code::INTERNAL, format!("cannot encode the answer: {error}"))
 }
 
 /// Rows and columns of a terminal; what does not fit its 16 bits is as large as can be.
@@ -362,15 +353,8 @@ impl Task for TaskService {
         let stats = self
             .on_sandbox(&request.id, |sandbox| async move { sandbox.stats(&id).await })
             .await?;
-        let any = Any {
-            type_url: metrics::TYPE_URL.to_owned(),
-            value: metrics::metrics(&stats)
-                .write_to_bytes()
-                .map_err(|error| encoding(&error))?,
-            ..Any::default()
-        };
         Ok(StatsResponse {
-            stats: MessageField::some(any),
+            stats: MessageField::some(metrics::any(&stats)?),
             ..StatsResponse::default()
         })
     }

@@ -14,6 +14,10 @@ use containerd_shim_protos::api::{
     PidsRequest, ShutdownRequest, StateRequest, WaitRequest,
 };
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, Extension};
+use containerd_shim_protos::sandbox_api::{
+    CreateSandboxRequest, PlatformRequest, ShutdownSandboxRequest, StopSandboxRequest,
+};
+use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use containerd_shim_protos::types::introspection::RuntimeInfo;
 use protobuf::well_known_types::any::Any;
@@ -364,6 +368,66 @@ async fn delete_asks_a_shim_that_answers_and_it_leaves_when_idle() {
     let output = run(&["-namespace", "test", "-id", "c1", "delete"], &bundle, b"");
     assert!(output.status.success(), "{output:?}");
     // It had no container: the question whether it may go was answered by going.
+    shim.gone();
+    assert_eq!(host.sockets(), 0);
+}
+
+#[tokio::test]
+async fn a_sandbox_that_cannot_be_made_is_told_through_its_service_and_the_shim_goes() {
+    let host = Host::new();
+    let bundle = host.path("pod");
+    fs::create_dir_all(&bundle).unwrap();
+    let shim = Shim::connect(&address(&host.start("pod"))).await;
+    let client = SandboxClient::new(shim.connection.clone());
+
+    let answer = client
+        .platform(context(), &PlatformRequest::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        (answer.platform.os.as_str(), answer.platform.architecture.as_str()),
+        ("linux", "amd64")
+    );
+    let unknown = StopSandboxRequest {
+        sandbox_id: "pod".into(),
+        ..StopSandboxRequest::default()
+    };
+    assert_eq!(
+        refusal(client.stop_sandbox(context(), &unknown).await).0,
+        Code::NOT_FOUND
+    );
+
+    let create = async |id: &str, config: &[u8]| {
+        let request = CreateSandboxRequest {
+            sandbox_id: id.into(),
+            bundle_path: bundle.to_str().unwrap().into(),
+            options: MessageField::some(Any {
+                type_url: "runtime.v1.PodSandboxConfig".into(),
+                value: config.to_vec(),
+                ..Any::default()
+            }),
+            ..CreateSandboxRequest::default()
+        };
+        refusal(client.create_sandbox(context(), &request).await)
+    };
+    let (code, message) = create("another", b"").await;
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
+    let (code, message) = create("pod", b"\x12\x7f").await;
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
+    // linux { security_context { namespace_options { network: NODE } } }
+    let (code, message) = create("pod", b"\x42\x06\x12\x04\x0a\x02\x08\x02").await;
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(message.contains("hostNetwork: true"), "{message}");
+    // hostname: "h"
+    let (code, message) = create("pod", b"\x12\x01h").await;
+    assert!(message.contains("/nonexistent/"), "{message}");
+    assert_ne!(code, Code::UNKNOWN, "{message}");
+    assert_eq!(fs::read_to_string(bundle.join("hostname")).unwrap(), "h\n");
+
+    client
+        .shutdown_sandbox(context(), &ShutdownSandboxRequest::default())
+        .await
+        .unwrap();
     shim.gone();
     assert_eq!(host.sockets(), 0);
 }

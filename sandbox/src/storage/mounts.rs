@@ -126,7 +126,20 @@ impl Plan {
         target: &Path,
         words: Vec<String>,
     ) -> Result<(MountSource, Vec<String>), StorageError> {
-        match mount.typ().as_deref().unwrap_or_default() {
+        let kind = mount.typ().as_deref().unwrap_or_default();
+        // containerd gives each container of a pod one of its own where the pod's is left to the runtime.
+        if kind == "tmpfs"
+            && target == Path::new(SHM)
+            && let Some(path) = context.pod_shm
+        {
+            let path = path.to_owned();
+            let kept = |word: &String| options::is_flag(word) || options::is_propagation(word);
+            let options = ["bind".to_owned()]
+                .into_iter()
+                .chain(words.into_iter().filter(kept));
+            return Ok((MountSource::Guest { path }, options.collect()));
+        }
+        match kind {
             "overlay" => {
                 let overlay = Overlay::parse(&words)?;
                 let share = self.share_name(context);

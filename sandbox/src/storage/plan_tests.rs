@@ -396,7 +396,15 @@ fn shared_memory_is_the_guests_own_or_the_pods() {
     };
     let (steps, in_pod) = mounts_in(context, json).unwrap();
     assert_eq!(steps, []);
-    assert_eq!(in_pod, [guest(own, "/dev/shm", "rbind ro noexec")]);
+    assert_eq!(in_pod, [guest(own.clone(), "/dev/shm", "rbind ro noexec")]);
+    let tmpfs = r#"{"destination":"/dev/shm","type":"tmpfs","source":"shm","options":["nosuid","mode=1777","size=65536k"]}"#;
+    let (_, in_pod) = mounts_in(context, tmpfs).unwrap();
+    assert_eq!(in_pod, [guest(own, "/dev/shm", "bind nosuid")]);
+    let (_, alone) = mounts(tmpfs).unwrap();
+    assert_eq!(
+        alone,
+        [guest(kernel("tmpfs"), "/dev/shm", "nosuid mode=1777 size=65536k")]
+    );
     // Elsewhere a tmpfs is a directory like any other.
     let (steps, _) = mounts(r#"{"destination":"/x","type":"bind","source":"/run/shm"}"#).unwrap();
     assert_eq!(steps.len(), 1);
