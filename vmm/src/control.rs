@@ -181,9 +181,10 @@ impl Session {
             RequestBody::DetachBlock { slot } => machine.handles().detach_block(slot)?,
             RequestBody::AddShare(share) => machine.handles().add_share(&share, &mut descriptors)?,
             RequestBody::RemoveShare { name } => machine.handles().remove_share(&name)?,
-            RequestBody::AttachNet { slot, .. } | RequestBody::DetachNet { slot } => {
-                return Err(Error::Invalid(format!("this VM has no network slot {slot}")));
+            RequestBody::AttachNet { slot, backing } => {
+                machine.handles().attach_net(slot, &backing, &mut descriptors)?;
             }
+            RequestBody::DetachNet { slot } => machine.handles().detach_net(slot)?,
             RequestBody::SetVcpus { .. } => return Err(Error::State("this VM has all its vCPUs")),
             RequestBody::SetPluggedMemory { .. } => {
                 return Err(Error::Invalid("this VM has no pluggable memory".to_owned()));

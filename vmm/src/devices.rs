@@ -7,17 +7,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use protocol::stream::{GUEST_CID, PORT_AGENT};
-use protocol::vmm::{BlockBacking, Share, VmConfig};
+use protocol::vmm::{BlockBacking, NetBacking, NetSlot, Share, VmConfig};
 
 use crate::machine::{Descriptors, Error};
 use crate::ports::EarlyConsole;
 use crate::timeline::{Recorder, Stage};
 use crate::virtio::Device;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
-
 use crate::virtio::block::{Backing, Block, BlockHandle};
 use crate::virtio::console::{Console, ConsoleHandle};
 use crate::virtio::fs::{Fs, FsHandle};
+use crate::virtio::net::{self, Net, NetHandle, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 
@@ -37,6 +37,7 @@ pub struct Handles {
     console: ConsoleHandle,
     balloon: Option<BalloonHandle>,
     fs: Option<FsHandle>,
+    nets: Vec<NetHandle>,
     blocks: Vec<BlockHandle>,
 }
 
@@ -88,6 +89,39 @@ impl Handles {
             ))
         };
         self.blocks.get(slot as usize).ok_or_else(absent)
+    }
+
+    /// Fills a network slot.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when there is no such slot, [`Error::Tap`] when the descriptor cannot back one,
+    /// [`Error::NetSlot`] when the slot is occupied or the tap does not fit it.
+    pub fn attach_net(
+        &self,
+        slot: u32,
+        backing: &NetBacking,
+        descriptors: &mut Descriptors,
+    ) -> Result<(), Error> {
+        let handle = self.net(slot)?;
+        Ok(handle.attach(open_tap(backing, descriptors, "tap")?)?)
+    }
+
+    /// Empties a network slot.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when there is no such slot, [`Error::NetSlot`] when it is empty.
+    pub fn detach_net(&self, slot: u32) -> Result<(), Error> {
+        Ok(self.net(slot)?.detach()?)
+    }
+
+    fn net(&self, slot: u32) -> Result<&NetHandle, Error> {
+        let absent = || {
+            Error::Invalid(format!(
+                "this VM has no network slot {slot}, it has {}",
+                self.nets.len()
+            ))
+        };
+        self.nets.get(slot as usize).ok_or_else(absent)
     }
 
     /// Shows a directory to the guest.
@@ -146,6 +180,37 @@ fn open_backing(
     Ok(Backing::concatenated(extents)?)
 }
 
+fn open_tap(backing: &NetBacking, descriptors: &mut Descriptors, field: &str) -> Result<net::Backing, Error> {
+    if backing.receive_limit.is_some() || backing.transmit_limit.is_some() {
+        return Err(Error::Invalid(format!("`{field}`: this VMM limits no rates")));
+    }
+    Ok(net::Backing::new(Tap::new(
+        descriptors.take(backing.tap, field)?,
+    )?))
+}
+
+/// The guest recognises its network devices by their addresses.
+fn check_addresses(nets: &[NetSlot]) -> Result<(), Error> {
+    for (index, NetSlot { mac, .. }) in nets.iter().enumerate() {
+        let [a, b, c, d, e, f] = mac;
+        let invalid = |why: &str| {
+            Err(Error::Invalid(format!(
+                "network slot {index} has the address {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}, {why}"
+            )))
+        };
+        if mac[0] & 1 != 0 {
+            return invalid("which is one of a group: the first byte must be even");
+        }
+        if *mac == [0; 6] {
+            return invalid("which is none");
+        }
+        if nets[..index].iter().any(|other| other.mac == *mac) {
+            return invalid("which another one has already");
+        }
+    }
+    Ok(())
+}
+
 /// Makes the devices that `config` asks for. A console is always there: without one the first process of the
 /// guest starts without standard streams, and a panic has no last words.
 ///
@@ -201,6 +266,17 @@ pub fn create(
         add("fs".to_owned(), Box::new(fs));
         fs_handle = Some(handle);
     }
+    check_addresses(&config.nets)?;
+    let mut nets = Vec::new();
+    for (index, slot) in config.nets.iter().enumerate() {
+        let backing = match &slot.backing {
+            Some(backing) => Some(open_tap(backing, descriptors, "nets.backing.tap")?),
+            None => None,
+        };
+        let (net, handle) = Net::new(slot.mac, backing);
+        add(format!("net{index}"), Box::new(net));
+        nets.push(handle);
+    }
     let mut blocks = Vec::new();
     for (index, slot) in config.blocks.iter().enumerate() {
         let backing = match &slot.backing {
@@ -215,6 +291,7 @@ pub fn create(
         console: console_handle,
         balloon: balloon_handle,
         fs: fs_handle,
+        nets,
         blocks,
     };
     Ok(Devices {

@@ -26,9 +26,9 @@ use crate::timeline::{Recorder, Stage};
 use crate::vcpu::{Handle, State, Surroundings, Vcpu};
 use crate::virtio::Interrupt;
 use crate::virtio::block::{BackingError, SlotError};
-
 use crate::virtio::fs::ShareError;
 use crate::virtio::mmio::{self, Mmio};
+use crate::virtio::net::{self, TapError};
 
 /// Why a request to the machine failed.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +72,12 @@ pub enum Error {
     /// A block slot cannot be filled or emptied.
     #[error(transparent)]
     Slot(#[from] SlotError),
+    /// A descriptor cannot back a network device.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// A network slot cannot be filled or emptied.
+    #[error(transparent)]
+    NetSlot(#[from] net::SlotError),
     /// A share cannot come or go.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -103,6 +109,12 @@ impl Error {
             Self::Backing(_) => FailureKind::Invalid,
             Self::Slot(SlotError::Host(_)) => FailureKind::Resources,
             Self::Slot(_) => FailureKind::State,
+            Self::Tap(error) | Self::NetSlot(net::SlotError::Tap(error)) => match error {
+                TapError::Host(_) | TapError::Gone => FailureKind::Io,
+                _ => FailureKind::Invalid,
+            },
+            Self::NetSlot(net::SlotError::Host(_)) => FailureKind::Resources,
+            Self::NetSlot(_) => FailureKind::State,
             Self::Share(ShareError::Exists { .. }) => FailureKind::State,
             Self::Share(ShareError::TooMany) => FailureKind::Resources,
             Self::Share(ShareError::Host(_)) => FailureKind::Io,

@@ -10,6 +10,7 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod fs;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
@@ -29,6 +30,8 @@ use crate::memory::GuestMemory;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum DeviceType {
+    /// Section 5.1.
+    Network = 1,
     /// Section 5.2.
     Block = 2,
     /// Section 5.3.

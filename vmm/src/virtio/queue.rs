@@ -3,11 +3,12 @@
 //! The driver is hostile. What it wrote into the rings is read once into host memory, checked there, and never
 //! read again, so that it cannot change between check and use. A queue whose rings or chains break the
 //! specification is ignored until the device is reset: nothing useful can come from it any more.
-//! Ring arithmetic is virtio-queue's; what requests mean is the devices'.
+//! Ring arithmetic is virtio-queue's, but for chains that are given back together and the interrupt after them;
+//! what requests mean is the devices'.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::EventFd;
@@ -100,6 +101,24 @@ impl Iovecs {
     pub fn clear(&mut self) {
         self.0.clear();
     }
+
+    /// Forgets the first `count` addresses.
+    pub fn discard(&mut self, count: usize) {
+        self.0.drain(..count.min(self.0.len()));
+    }
+
+    /// Appends bytes of this process. They must stay where they are as long as the list is used.
+    pub fn push_own(&mut self, bytes: &mut [u8]) {
+        self.0.push(libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        });
+    }
+
+    /// Forgets the last address.
+    pub fn pop(&mut self) {
+        self.0.pop();
+    }
 }
 
 /// A checked descriptor chain. Reused from request to request so that the hot path does not allocate.
@@ -141,6 +160,17 @@ impl Chain {
     #[must_use]
     pub fn writable_length(&self) -> usize {
         self.writable_length
+    }
+
+    /// Guest-physical address of a byte of the writable buffers, if they have so many.
+    #[must_use]
+    pub fn writable_address(&self, offset: usize) -> Option<GuestAddress> {
+        let mut found = None;
+        each(&self.writable, self.writable_length, offset, 1, |address, _| {
+            found = Some(address);
+        })
+        .ok()?;
+        found
     }
 
     /// Copies bytes from the readable buffers.
@@ -353,6 +383,8 @@ pub struct DeviceQueue {
     interrupt: Interrupt,
     violations: std::sync::Arc<Violations>,
     stopped: bool,
+    /// Chains given back since the driver was last interrupted, or need not have been.
+    unannounced: u16,
 }
 
 impl DeviceQueue {
@@ -393,6 +425,7 @@ impl DeviceQueue {
                     interrupt: activation.interrupt.clone(),
                     violations: violations.clone(),
                     stopped: false,
+                    unannounced: 0,
                 }
             });
         queues.collect()
@@ -445,25 +478,70 @@ impl DeviceQueue {
 
     /// Gives the chain that begins at `head` back to the driver, with `written` bytes in its writable buffers.
     pub fn push(&mut self, head: u16, written: usize) {
+        self.push_all(&[(head, written)]);
+    }
+
+    /// Gives chains back to the driver, each with the bytes written into it, in such a way that it sees all of them
+    /// or none (what section 5.1.6.4 wants of buffers that share a packet).
+    pub fn push_all(&mut self, used: &[(u16, usize)]) {
+        let Some((&(last, last_written), others)) = used.split_last() else {
+            return;
+        };
         if self.stopped {
             return;
         }
-        let written = u32::try_from(written).unwrap_or(u32::MAX);
-        if let Err(error) = self.queue.add_used(&self.memory, head, written) {
-            self.stop(&QueueError::Used(error));
+        let first = self.queue.next_used();
+        for (place, &(head, written)) in others.iter().enumerate() {
+            let index = u64::from(first.wrapping_add(place as u16) % self.queue.size());
+            // The ring was checked when the queue was set up: flags and index, then entries of eight bytes.
+            let entry = GuestAddress(self.queue.used_ring() + 4 + index * 8);
+            let element = u64::from(head) | u64::from(length_of(written)) << 32;
+            if let Err(error) = self.memory.write_obj(element.to_le(), entry) {
+                self.stop(&QueueError::Used(virtio_queue::Error::GuestMemory(error)));
+                return;
+            }
+        }
+        // Only the last entry moves the ring's index, over all of them.
+        self.queue.set_next_used(first.wrapping_add(others.len() as u16));
+        match self.queue.add_used(&self.memory, last, length_of(last_written)) {
+            Ok(()) => self.unannounced = self.unannounced.saturating_add(used.len() as u16),
+            Err(error) => {
+                self.stop(&QueueError::Used(error));
+            }
         }
     }
 
     /// Interrupts the driver if it wants to know about what was pushed since the last call.
     pub fn interrupt(&mut self) {
-        if self.stopped {
+        let pushed = std::mem::take(&mut self.unannounced);
+        if self.stopped || pushed == 0 {
             return;
         }
-        match self.queue.needs_notification(&self.memory) {
-            Ok(true) => self.interrupt.used(),
-            Ok(false) => {}
+        // The driver must see the used entries before its wish is read (section 2.7.7.2).
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        let event_idx = self.queue.event_idx_enabled();
+        // With event indices the wish is the last word of the available ring, else its first.
+        let offset = if event_idx {
+            4 + 2 * u64::from(self.queue.size())
+        } else {
+            0
+        };
+        match self
+            .memory
+            .load::<u16>(GuestAddress(available + offset), Ordering::Relaxed)
+        {
+            Ok(wish) if event_idx => {
+                let used = self.queue.next_used();
+                // Whether `used_event` is among the entries that were added since.
+                if used.wrapping_sub(wish).wrapping_sub(1) < pushed {
+                    self.interrupt.used();
+                }
+            }
+            Ok(flags) if u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT != 0 => {}
+            Ok(_) => self.interrupt.used(),
             Err(error) => {
-                self.stop(&QueueError::Available(error));
+                self.stop(&QueueError::Available(virtio_queue::Error::GuestMemory(error)));
             }
         }
     }
@@ -490,6 +568,11 @@ impl DeviceQueue {
         self.stopped = true;
         false
     }
+}
+
+/// A length as the used ring holds it.
+fn length_of(written: usize) -> u32 {
+    u32::try_from(written).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]
@@ -565,6 +648,69 @@ mod tests {
         assert!(driver.line.read().is_err(), "one interrupt per used chain");
         assert!(!queue.pop(&mut chain));
         assert_eq!(driver.wait(0, id), [0, b'w', b'o', b'r']);
+    }
+
+    #[test]
+    fn chains_given_back_together_appear_together_and_count_together() {
+        let mut driver = Driver::new(&[16]);
+        let mut queue = queue(&mut driver);
+        let mut chain = Chain::default();
+        // Over the ring's end, which is where arithmetic goes wrong.
+        for round in 0..7_usize {
+            let ids = [3, 4, 5].map(|length| driver.submit(0, &[Buffer::In(length)]));
+            let mut used = Vec::new();
+            for place in 0..3 {
+                assert!(queue.pop(&mut chain));
+                chain.write(queue.memory(), 0, &[round as u8; 3]).unwrap();
+                used.push((chain.head(), place + 1));
+            }
+            queue.push_all(&used);
+            queue.interrupt();
+            assert_eq!(driver.line.read().unwrap(), 1, "one interrupt for the three");
+            for (place, id) in ids.into_iter().enumerate() {
+                assert_eq!(driver.poll(0, id).unwrap(), vec![round as u8; place + 1]);
+            }
+        }
+        queue.push_all(&[]);
+        queue.interrupt();
+        assert!(driver.line.read().is_err());
+    }
+
+    #[test]
+    fn a_driver_that_looked_in_between_is_not_interrupted_for_what_it_has_seen() {
+        let mut driver = Driver::new(&[16]);
+        let mut queue = queue(&mut driver);
+        let mut chain = Chain::default();
+        let mut give_back = |driver: &mut Driver| {
+            let id = driver.submit(0, &[Buffer::In(1)]);
+            assert!(queue.pop(&mut chain));
+            queue.push(chain.head(), 1);
+            queue.interrupt();
+            (id, driver.line.read().is_ok())
+        };
+        assert!(give_back(&mut driver).1);
+        assert!(!give_back(&mut driver).1, "it has not asked again");
+        let (id, interrupted) = give_back(&mut driver);
+        assert!(!interrupted);
+        driver.wait(0, id);
+        assert!(give_back(&mut driver).1, "it has asked for the next");
+    }
+
+    #[test]
+    fn a_driver_without_event_indices_suppresses_interrupts_by_flag() {
+        let mut driver = Driver::new(&[16]);
+        let [mut queue] =
+            DeviceQueue::take(driver.activation(0), "test", &std::sync::Arc::default()).unwrap();
+        let flags = GuestAddress(queue.queue.avail_ring());
+        let mut chain = Chain::default();
+        for (flag, expected) in [(0_u16, true), (1, false), (0, true)] {
+            driver.memory.write_obj(flag, flags).unwrap();
+            driver.submit(0, &[Buffer::In(1)]);
+            assert!(queue.pop(&mut chain));
+            queue.push(chain.head(), 1);
+            queue.interrupt();
+            assert_eq!(driver.line.read().is_ok(), expected, "flags {flag}");
+        }
     }
 
     #[test]

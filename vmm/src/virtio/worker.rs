@@ -1,8 +1,13 @@
 //! The thread behind a device: how it waits, and how it is told to stop. What it does is the device's.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 
 use super::queue::{Chain, DeviceQueue};
 use crate::memory::GuestMemory;
@@ -69,6 +74,41 @@ impl Poller {
                 Err(error) => return Err(error),
             }
         }
+    }
+}
+
+/// A clock that a poller reports once, some time after it was set.
+pub struct Timer(OwnedFd);
+
+impl Timer {
+    /// A timer that is not set, and reported as `token`.
+    ///
+    /// # Errors
+    /// What timerfd_create(2) or epoll_ctl(2) report.
+    pub fn new(poller: &Poller, token: u64) -> io::Result<Self> {
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        // Setting it again takes back what was not read.
+        poller.add(timer.as_raw_fd(), token, EventSet::IN | EventSet::EDGE_TRIGGERED)?;
+        Ok(Self(timer))
+    }
+
+    /// Sets the timer, instead of what it was set to before.
+    pub fn set(&self, after: Duration) {
+        // Zero would stop it.
+        let after = after.max(Duration::from_nanos(1));
+        let value = Itimerspec {
+            it_interval: Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
+            it_value: Timespec {
+                tv_sec: after.as_secs().try_into().unwrap_or(i64::MAX),
+                tv_nsec: after.subsec_nanos().into(),
+            },
+        };
+        // It fails for impossible times and descriptors only.
+        let _ = timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &value);
     }
 }
 

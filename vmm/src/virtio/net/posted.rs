@@ -1,0 +1,164 @@
+//! Buffers that the driver has posted for frames to come, ready for readv(2).
+//!
+//! How long the next frame is shows only when it has been read, so there must be room for the longest before. Chains
+//! are taken and checked once and wait here until frames fill them, however many reads that takes.
+
+use std::collections::VecDeque;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::header::{self, MAX_FRAME};
+use super::tap::{Obstacle, Tap};
+use crate::memory::GuestMemory;
+use crate::virtio::queue::{Chain, DeviceQueue, Iovecs, MAX_SEGMENTS};
+
+/// What is wrong with a buffer for frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BufferError {
+    /// The device is to write into it, not to read.
+    #[error("a buffer for frames has {0} bytes that the device must not write")]
+    Readable(usize),
+    /// Not even the header fits.
+    #[error("a buffer for frames has {0} bytes, the header alone has {length}", length = header::LENGTH)]
+    Short(usize),
+    /// More pieces than can be read into at once.
+    #[error("a buffer for frames has {0} pieces")]
+    Pieces(usize),
+}
+
+/// The most pieces of all posted buffers: one more is for finding out what did not fit.
+const MAX_PIECES: usize = MAX_SEGMENTS - 1;
+
+/// The buffers.
+pub struct Posted {
+    /// Whether a frame may fill more than one chain.
+    mergeable: bool,
+    buffers: VecDeque<Buffer>,
+    /// Of all buffers, in their order.
+    pieces: Iovecs,
+    /// Bytes of all buffers.
+    length: usize,
+    /// Whether the next chain has more pieces than there is room for.
+    full: bool,
+    /// Takes the first byte that does not fit.
+    excess: Box<[u8; 1]>,
+}
+
+struct Buffer {
+    head: u16,
+    pieces: usize,
+    length: usize,
+    /// Where the two bytes of `num_buffers` go, if a frame begins here.
+    num_buffers: [GuestAddress; 2],
+}
+
+impl Posted {
+    /// None yet. A frame may fill several chains when they are `mergeable`.
+    #[must_use]
+    pub fn new(mergeable: bool) -> Self {
+        Self {
+            mergeable,
+            buffers: VecDeque::new(),
+            pieces: Iovecs::default(),
+            length: 0,
+            full: false,
+            excess: Box::default(),
+        }
+    }
+
+    /// Takes chains from the driver until the longest frame fits or there are no more, at most a queue's worth.
+    pub fn fill(&mut self, queue: &mut DeviceQueue, chain: &mut Chain) {
+        for _ in 0..queue.size() {
+            if self.has_enough() || !queue.pop(chain) {
+                break;
+            }
+            if let Err(error) = self.add(queue, chain) {
+                queue.violation(&error);
+                queue.push(chain.head(), 0);
+            }
+        }
+    }
+
+    /// Whether the longest frame fits.
+    #[must_use]
+    pub fn has_enough(&self) -> bool {
+        self.full || self.length >= MAX_FRAME || !self.mergeable && !self.buffers.is_empty()
+    }
+
+    fn add(&mut self, queue: &mut DeviceQueue, chain: &Chain) -> Result<(), BufferError> {
+        let (length, pieces) = (chain.writable_length(), chain.writable().len());
+        if chain.readable_length() > 0 {
+            return Err(BufferError::Readable(chain.readable_length()));
+        }
+        if pieces > MAX_PIECES {
+            return Err(BufferError::Pieces(pieces));
+        }
+        let address = |byte| chain.writable_address(header::NUM_BUFFERS + byte);
+        let (Some(low), Some(high)) = (address(0), address(1)) else {
+            return Err(BufferError::Short(length));
+        };
+        if self.pieces.as_slice().len() + pieces > MAX_PIECES {
+            queue.unpop();
+            self.full = true;
+            return Ok(());
+        }
+        chain
+            .writable_iovecs(queue.memory(), 0, length, &mut self.pieces)
+            .map_err(|_| BufferError::Short(length))?;
+        self.length += length;
+        self.buffers.push_back(Buffer {
+            head: chain.head(),
+            pieces,
+            length,
+            num_buffers: [low, high],
+        });
+        Ok(())
+    }
+
+    /// Whether no frame fits at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.buffers.is_empty()
+    }
+
+    /// Reads one frame into the buffers: its length with the header, or `None` when it did not fit and is lost.
+    ///
+    /// # Errors
+    /// [`Obstacle`].
+    pub fn read(&mut self, tap: &Tap) -> Result<Option<usize>, Obstacle> {
+        self.pieces.push_own(&mut *self.excess);
+        let outcome = tap.read(&self.pieces);
+        self.pieces.pop();
+        let length = outcome?;
+        if length < header::LENGTH {
+            return Err(Obstacle::Refused);
+        }
+        Ok((length <= self.length).then_some(length))
+    }
+
+    /// Takes away the buffers that a frame of `length` bytes has filled, and says in its header how many they are.
+    /// `used` gets each one's head and how much of it is filled.
+    pub fn take(&mut self, memory: &GuestMemory, length: usize, used: &mut Vec<(u16, usize)>) {
+        used.clear();
+        let header = self.buffers.front().map(|first| first.num_buffers);
+        let (mut left, mut pieces) = (length, 0);
+        while left > 0
+            && let Some(buffer) = self.buffers.pop_front()
+        {
+            let filled = left.min(buffer.length);
+            used.push((buffer.head, filled));
+            left -= filled;
+            pieces += buffer.pieces;
+            self.length -= buffer.length;
+        }
+        self.pieces.discard(pieces);
+        self.full = false;
+        if let Some(addresses) = header {
+            let count = (used.len() as u16).to_le_bytes();
+            for (byte, address) in count.iter().zip(addresses) {
+                // The address was checked when the chain was taken.
+                let _ = memory.write_obj(*byte, address);
+            }
+        }
+    }
+}
