@@ -11,7 +11,7 @@ use crate::container::SpawnError;
 use crate::container::cgroup::CgroupError;
 use crate::container::spec::SpecError;
 use crate::network::NetworkError;
-use crate::storage::StorageError;
+use crate::storage::{FilesError, StorageError};
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +79,10 @@ impl Error {
             Self::Storage(StorageError::Mount { source, .. } | StorageError::ShareMissing { source, .. }) => {
                 Some(*source)
             }
+            Self::Storage(StorageError::VolumeFiles {
+                source: FilesError::Kernel { source, .. },
+                ..
+            }) => Some(*source),
             Self::Storage(StorageError::Directory { source, .. }) => raw(source),
             Self::Cgroup(CgroupError::Directory { source, .. } | CgroupError::Refused { source, .. }) => {
                 raw(source)
@@ -100,7 +104,12 @@ impl Error {
                 SpecError::Syntax { .. } | SpecError::Invalid { .. } => Code::INVALID_ARGUMENT,
             },
             Self::Storage(error) => match error {
-                StorageError::Invalid { .. } => Code::INVALID_ARGUMENT,
+                StorageError::Invalid { .. }
+                | StorageError::Volume { .. }
+                | StorageError::VolumeFiles {
+                    source: FilesError::Entry { .. },
+                    ..
+                } => Code::INVALID_ARGUMENT,
                 StorageError::Option { source, .. } => match source {
                     crate::container::mount::OptionError::Unsupported(_) => Code::UNIMPLEMENTED,
                     _ => Code::INVALID_ARGUMENT,
@@ -108,12 +117,15 @@ impl Error {
                 StorageError::NoShares(_)
                 | StorageError::ShareMissing { .. }
                 | StorageError::PathMissing { .. }
+                | StorageError::VolumeMissing(_)
                 | StorageError::BlockMissing { .. } => Code::NOT_FOUND,
                 // fsopen(2) says so of a file system that the kernel does not have.
                 StorageError::Mount {
                     source: Errno::NODEV, ..
                 } => Code::UNIMPLEMENTED,
-                StorageError::Mount { .. } | StorageError::Directory { .. } => self.code_of_errno(),
+                StorageError::Mount { .. }
+                | StorageError::VolumeFiles { .. }
+                | StorageError::Directory { .. } => self.code_of_errno(),
             },
             Self::Spawn(SpawnError::Executable { source, .. }) => match *source {
                 Errno::NOENT | Errno::NOTDIR => Code::NOT_FOUND,
@@ -162,6 +174,10 @@ impl Error {
                 StorageError::ShareMissing { name, .. } => (Reason::STORAGE_MISSING, name.clone()),
                 StorageError::PathMissing { path, .. } => {
                     (Reason::STORAGE_MISSING, path.display().to_string())
+                }
+                StorageError::VolumeMissing(name) => (Reason::STORAGE_MISSING, name.clone()),
+                StorageError::Volume { name, .. } | StorageError::VolumeFiles { name, .. } => {
+                    (Reason::REASON_UNSPECIFIED, name.clone())
                 }
                 StorageError::BlockMissing { serial, .. } => (Reason::STORAGE_MISSING, serial.clone()),
                 StorageError::Mount { target, .. } => (Reason::MOUNT_FAILED, target.clone()),

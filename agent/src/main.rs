@@ -119,7 +119,12 @@ async fn serve(connection: OwnedFd, times: Times) -> Result<(), AgentError> {
     tokio::spawn(reaper.clone().run());
     let state = PathBuf::from(boot::STATE);
     let engine = Arc::new(Engine {
-        layout: Layout::new(state.join("containers"), state.join("shared"), false),
+        layout: Layout::new(
+            state.join("containers"),
+            state.join("shared"),
+            state.join("volumes"),
+            false,
+        ),
         cgroups: boot::CONTAINER_CGROUPS.into(),
         cgroup_mount: boot::CGROUPS.into(),
         reaper,

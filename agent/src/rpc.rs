@@ -11,7 +11,7 @@ use protocol::agent::{
     ConfigureSandboxRequest, ContainerRef, ContainerStatsResponse, CreateContainerRequest, CreateExecRequest,
     CreateProcessResponse, Event, GuestInfoResponse, ListProcessesResponse, Network, ProcessRef,
     ResizeTerminalRequest, SetClockRequest, SetOnlineCpusRequest, SetOnlineCpusResponse,
-    SignalProcessRequest, UpdateContainerRequest,
+    SignalProcessRequest, UpdateContainerRequest, Volume,
 };
 use ttrpc::r#async::transport::Listener;
 use ttrpc::r#async::{Server, ServerStreamSender, TtrpcContext};
@@ -208,5 +208,10 @@ impl Agent for Service {
         request: ContainerRef,
     ) -> Reply<ContainerStatsResponse> {
         Ok(self.0.container(&request.container_id)?.stats().await?)
+    }
+
+    async fn update_volume(&self, _: &TtrpcContext, request: Volume) -> Reply<Empty> {
+        let sandbox = Arc::clone(&self.0);
+        complete(async move { sandbox.update_volume(request).await.map(|()| Empty::new()) }).await
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use protocol::agent::create_container_request::Pid_namespace;
-use protocol::agent::{ConfigureSandboxRequest, CreateContainerRequest, GuestInfoResponse, Network};
+use protocol::agent::{ConfigureSandboxRequest, CreateContainerRequest, GuestInfoResponse, Network, Volume};
 use rustix::fs::{CWD, OFlags, open};
 use rustix::io::Errno;
 use tokio::sync::Notify;
@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 use crate::clock;
 use crate::container::child::Step;
 use crate::container::mount::{self, FileSystem};
-use crate::container::{Container, Engine, check_id, sysctl};
+use crate::container::{Container, Engine, blocking, check_id, sysctl};
 use crate::error::Error;
 use crate::events::Listener;
 use crate::network;
@@ -200,6 +200,15 @@ impl Sandbox {
         let result = container.delete().await;
         self.containers().remove(id);
         result
+    }
+
+    /// Brings a volume's files up to date.
+    ///
+    /// # Errors
+    /// [`Error::Storage`].
+    pub async fn update_volume(&self, volume: Volume) -> Result<(), Error> {
+        let engine = Arc::clone(&self.engine);
+        blocking(move || Ok(engine.layout.volumes.update(&volume)?)).await
     }
 
     /// Kills and removes every container.

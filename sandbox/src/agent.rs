@@ -12,7 +12,7 @@ use protocol::agent::service::AgentClient;
 use protocol::agent::{
     ConfigureSandboxRequest, ContainerRef, ContainerStatsResponse, CreateContainerRequest, CreateExecRequest,
     Event, Failure, GuestInfoResponse, Hello, ProcessRef, ResizeTerminalRequest, SignalProcessRequest,
-    UpdateContainerRequest,
+    UpdateContainerRequest, Volume,
 };
 use protocol::hello::{self, HelloError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -161,6 +161,12 @@ impl Agent {
     pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<(), Error> {
         let call = self.client.create_container(Context::default(), request);
         let what = || format!("creating container {}", request.container_id);
+        self.call(LONG, what, call).await.map(drop)
+    }
+
+    pub async fn update_volume(&self, volume: &Volume) -> Result<(), Error> {
+        let call = self.client.update_volume(Context::default(), volume);
+        let what = || format!("bringing volume {} up to date", volume.name);
         self.call(LONG, what, call).await.map(drop)
     }
 

@@ -20,6 +20,7 @@ use crate::hooks::Hooks;
 use crate::io::Io;
 use crate::namespaces::Owner;
 use crate::proxy::Task;
+use crate::shares::ShownShare;
 use crate::timeline::ContainerTimeline;
 use crate::vm::AttachedBlock;
 
@@ -123,7 +124,7 @@ pub(crate) enum Phase {
 /// What a container has attached to the VM.
 #[derive(Debug, Default)]
 pub(crate) struct Attached {
-    pub shares: Vec<String>,
+    pub shares: Vec<ShownShare>,
     pub blocks: Vec<AttachedBlock>,
 }
 

@@ -1,7 +1,7 @@
 //! Making a container, and taking it away. What each step attaches is noted as it happens, so that a failure, or
 //! a deletion, undoes exactly that.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -22,7 +22,7 @@ use crate::pod::Pod;
 use crate::process::watch_task;
 use crate::proxy::{self, Task, TaskSignals};
 use crate::spec::Netns;
-use crate::storage::{self, Attachments, Context, Plan, StorageError};
+use crate::storage::{self, Attachments, Context, FilesVolume, Plan, StorageError};
 use crate::timeline::ContainerTimeline;
 
 /// Where the guest has the /dev/shm that the pod's containers share.
@@ -130,10 +130,10 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
         in_guest,
     } = made;
     let storage = async {
-        let (plan, attachments) = open_storage(pod, id, spec, bundle, rootfs).await?;
+        let (mut plan, attachments) = open_storage(pod, id, spec, bundle, rootfs).await?;
         mark(pod, id, |timeline, now| timeline.storage_opened = Some(now));
-        let serials = attach(pod, attachments, attached).await?;
-        Ok::<_, Error>((plan, serials))
+        let serials = attach(pod, &mut plan, &attachments, attached).await?;
+        Ok::<_, Error>((plan, serials, attachments.volumes))
     };
     let io = async {
         let io = Io::open(stdio, id, &pod.spec.namespace).await?;
@@ -149,7 +149,7 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
     // Kept before anything is returned, so that the failure of one undoes the others.
     let io = io.map(|io| Arc::clone(made_io.insert(io)));
     let (task, io) = (task?, io?);
-    let (plan, serials) = storage?;
+    let (plan, serials, files_volumes) = storage?;
     *tokens = io.token_list();
     pod.router.expect(tokens, &io);
 
@@ -160,6 +160,8 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
         .as_ref()
         .and_then(|process| process.console_size())
         .map_or((0, 0), |size| (size.height(), size.width()));
+    let mut volumes = plan.agent_volumes();
+    volumes.extend(files_volumes.iter().map(FilesVolume::to_agent));
     let request = CreateContainerRequest {
         container_id: id.to_owned(),
         spec: spec_json,
@@ -170,6 +172,7 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
         terminal_rows: u32::try_from(rows).unwrap_or(0),
         terminal_columns: u32::try_from(columns).unwrap_or(0),
         pid_namespace: Some(pid_namespace),
+        volumes,
         ..Default::default()
     };
     *in_guest = true;
@@ -178,13 +181,14 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
         *in_guest = !matches!(error, Error::Guest(_));
         return Err(error);
     }
+    pod.volumes.told(&files_volumes);
     Ok(task)
 }
 
 /// Decides what the container sees and opens the host's part of it. Looking at paths and mounting wait for disks:
 /// not for the runtime's thread.
 async fn open_storage(
-    pod: &Pod,
+    pod: &Arc<Pod>,
     id: &str,
     spec: &Spec,
     bundle: &Path,
@@ -192,14 +196,17 @@ async fn open_storage(
 ) -> Result<(Plan, Attachments), Error> {
     let (container_id, spec, bundle) = (id.to_owned(), spec.clone(), bundle.to_owned());
     let pod_shm = (pod.spec.shm_bytes > 0).then_some(POD_SHM);
+    let watcher = Arc::clone(pod);
     let opened = tokio::task::spawn_blocking(move || {
         let context = Context {
             container_id: &container_id,
             bundle: &bundle,
             pod_shm,
         };
-        let plan = Plan::new(context, &spec, &rootfs, &storage::probe)?;
-        let attachments = storage::realize(&plan)?;
+        let host = storage::Host::default();
+        let mut plan = Plan::new(context, &spec, &rootfs, &|path| host.probe(path))?;
+        let watch = |name: &str, directory: &Arc<OwnedFd>| watcher.volumes.watch(&watcher, name, directory);
+        let attachments = storage::realize(&mut plan, &watch)?;
         Ok((plan, attachments))
     });
     match opened.await {
@@ -212,11 +219,17 @@ async fn open_storage(
 }
 
 /// Gives shares and block devices to the VM; notes each. Returns the block devices' serials in order.
-async fn attach(pod: &Pod, attachments: Attachments, attached: &mut Attached) -> Result<Vec<String>, Error> {
+async fn attach(
+    pod: &Pod,
+    plan: &mut Plan,
+    attachments: &Attachments,
+    attached: &mut Attached,
+) -> Result<Vec<String>, Error> {
     let vm = pod.vm()?;
     for share in &attachments.shares {
-        vm.add_share(&share.name, share.fd.as_fd(), share.cache).await?;
-        attached.shares.push(share.name.clone());
+        let shown = pod.shares.show(vm, share).await?;
+        plan.rename_share(&share.name, &shown.name);
+        attached.shares.push(shown);
     }
     let mut serials = Vec::with_capacity(attachments.blocks.len());
     for block in &attachments.blocks {
@@ -270,9 +283,9 @@ async fn detach(pod: &Pod, id: &str, attached: &Attached) {
     if pod.is_gone() {
         return;
     }
-    for name in &attached.shares {
-        if let Err(error) = vm.remove_share(name).await {
-            tracing::warn!(container = id, share = name, error = %crate::error::chain(&error), "not removed");
+    for share in &attached.shares {
+        if let Err(error) = pod.shares.hide(vm, share).await {
+            tracing::warn!(container = id, share = share.name, error = %crate::error::chain(&error), "not removed");
         }
     }
     for block in &attached.blocks {

@@ -24,6 +24,7 @@ mod process;
 mod proxy;
 mod sandbox;
 mod seqpacket;
+mod shares;
 pub mod sizing;
 mod spawn;
 mod spec;
@@ -32,6 +33,7 @@ mod streams;
 mod timeline;
 mod usage;
 mod vm;
+mod volumes;
 
 pub use annotations::Role;
 pub use api::{

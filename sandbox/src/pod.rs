@@ -19,9 +19,11 @@ use crate::container::Containers;
 use crate::error::{Error, ErrorKind, chain};
 use crate::events::{Event, EventSender};
 use crate::seqpacket::Seqpacket;
+use crate::shares::Shares;
 use crate::spec::SandboxSpec;
 use crate::streams::{self, Router};
 use crate::vm::{self, Vm, VmError, VmExit, console_words};
+use crate::volumes::Volumes;
 
 /// How long a VM whose agent hung up may take to say why it ends.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -32,6 +34,8 @@ pub(crate) struct Pod {
     pub spec: SandboxSpec,
     pub config: Arc<Config>,
     pub router: Arc<Router>,
+    pub shares: Shares,
+    pub volumes: Volumes,
     pub marks: Mutex<Marks>,
     /// How many things on the host are to go before nothing is left: processes to be reaped, the VM's cgroup.
     pub leftovers: watch::Sender<usize>,
@@ -69,6 +73,8 @@ impl Pod {
             spec,
             config,
             router: Arc::default(),
+            shares: Shares::default(),
+            volumes: Volumes::default(),
             marks: Mutex::default(),
             leftovers: watch::Sender::new(0),
             started,

@@ -55,6 +55,7 @@ pub(super) fn make(
     neighbour: Option<&OwnedFd>,
     size: (u16, u16),
 ) -> Result<Made, Error> {
+    engine.layout.volumes.provide(&request.volumes)?;
     let mut storage = Storage::prepare(&engine.layout, &request.container_id, &request.rootfs)?;
     let cgroup = match Cgroup::create(&engine.cgroups, &request.container_id) {
         Ok(cgroup) => cgroup,

@@ -75,7 +75,10 @@ struct Execs {
 }
 
 /// Runs what may block on a thread for that.
-async fn blocking<T: Send + 'static>(
+///
+/// # Errors
+/// Those of the work, and [`Error::Internal`] when it did not come to its end.
+pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     spawn_blocking(work)

@@ -157,7 +157,10 @@ pub fn has_foreign_dev(mounts: &[protocol::agent::Mount]) -> bool {
     use protocol::agent::mount::Source;
     mounts.iter().any(|mount| {
         mount.target.trim_end_matches('/') == "/dev"
-            && matches!(mount.source, Some(Source::Share(_) | Source::Guest(_)))
+            && matches!(
+                mount.source,
+                Some(Source::Share(_) | Source::Guest(_) | Source::Volume(_))
+            )
     })
 }
 

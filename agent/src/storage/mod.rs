@@ -4,7 +4,9 @@
 //! Everything here may block; it runs on threads of its own.
 
 mod block;
+mod files;
 mod source;
+mod volume;
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -18,7 +20,9 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
+pub use self::files::FilesError;
 use self::source::{Origin, c_string, explain, inside, invalid, make, of_namespaces};
+use self::volume::Volumes;
 use crate::container::child::{Step, Tree};
 use crate::container::mount::{self, FileSystem, OptionError, Options};
 use crate::container::target;
@@ -60,6 +64,15 @@ pub enum StorageError {
         why: String,
         source: Errno,
     },
+    /// No container was made with this volume.
+    #[error("the guest has no volume {0:?}")]
+    VolumeMissing(String),
+    /// A volume that cannot be.
+    #[error("volume {name:?}: {why}")]
+    Volume { name: String, why: String },
+    /// A volume's files.
+    #[error("volume {name:?}: {source}")]
+    VolumeFiles { name: String, source: FilesError },
     /// A directory of the agent's own.
     #[error("cannot {what} {path}: {source}")]
     Directory {
@@ -76,6 +89,8 @@ pub struct Layout {
     pub containers: PathBuf,
     /// Where the shares are mounted.
     pub shares: PathBuf,
+    /// The pod's own file systems.
+    pub volumes: Volumes,
     /// Whether they are mounted yet: the first share that is asked for does it.
     mounted: Mutex<bool>,
 }
@@ -83,10 +98,11 @@ pub struct Layout {
 impl Layout {
     /// `mounted` says that the shares are at their place already.
     #[must_use]
-    pub fn new(containers: PathBuf, shares: PathBuf, mounted: bool) -> Self {
+    pub fn new(containers: PathBuf, shares: PathBuf, volumes: PathBuf, mounted: bool) -> Self {
         Self {
             containers,
             shares,
+            volumes: Volumes::new(volumes),
             mounted: Mutex::new(mounted),
         }
     }
@@ -288,7 +304,12 @@ mod tests {
     #[test]
     fn a_list_must_end_at_the_root_file_system() {
         let directory = tempfile::tempdir().unwrap();
-        let layout = Layout::new(directory.path().join("c"), directory.path().join("s"), true);
+        let layout = Layout::new(
+            directory.path().join("c"),
+            directory.path().join("s"),
+            directory.path().join("v"),
+            true,
+        );
         let mount = Mount {
             target: "/other".into(),
             ..Default::default()

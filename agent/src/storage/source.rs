@@ -150,6 +150,10 @@ pub fn find(layout: &Layout, directory: &Path, mount: &Mount) -> Result<Found, S
             let source = target::open(root.as_fd(), &path).map_err(missing)?;
             bind(mount, source.as_fd(), format!("share {:?}", share.name))
         }
+        Some(Source::Volume(volume)) => {
+            let source = layout.volumes.open(volume)?;
+            bind(mount, source.as_fd(), format!("volume {:?}", volume.name))
+        }
         Some(Source::Guest(guest)) => {
             let path = resolve(directory, &guest.path)
                 .ok_or_else(|| invalid(mount, "the source leads out of its directory"))?;

@@ -183,7 +183,12 @@ impl Host {
         let reaper = Reaper::default();
         tokio::spawn(reaper.clone().run());
         let engine = Arc::new(Engine {
-            layout: Layout::new(directory.join("containers"), directory.join("shares"), true),
+            layout: Layout::new(
+                directory.join("containers"),
+                directory.join("shares"),
+                directory.join("volumes"),
+                true,
+            ),
             cgroups: cgroup.clone(),
             cgroup_mount: directory.join("cgroup"),
             reaper,

@@ -99,6 +99,9 @@ pub enum StorageError {
         #[source]
         cause: io::Error,
     },
+    /// Something else has come to be at a path since it was looked at.
+    #[error("{0} was replaced while it was being mounted: try again, and see who changes it")]
+    Replaced(PathBuf),
     /// The kernel refused the overlay.
     #[error("the overlay cannot be mounted: {stage}: {cause}{}", log(.messages))]
     Overlay {
@@ -160,7 +163,7 @@ impl StorageError {
             | Self::MountKind { .. }
             | Self::Unshareable { .. } => ErrorKind::Unimplemented,
             Self::Missing { .. } => ErrorKind::NotFound,
-            Self::BlockBusy(_) => ErrorKind::FailedPrecondition,
+            Self::BlockBusy(_) | Self::Replaced(_) => ErrorKind::FailedPrecondition,
             Self::Open { cause, .. } | Self::Overlay { cause, .. } | Self::Mount { cause, .. } => {
                 kind_of_io(cause)
             }

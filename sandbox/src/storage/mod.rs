@@ -7,6 +7,9 @@
 //! Sending the descriptors to the VMM and the guest's half to the agent is not done here.
 
 mod error;
+pub(crate) mod files;
+mod kubelet;
+mod mountinfo;
 mod mounts;
 mod options;
 mod plan;
@@ -28,8 +31,10 @@ use protocol::vmm::CachePolicy;
 use crate::api::RootfsMount;
 
 pub use error::StorageError;
-pub use plan::{Context, FileBind, GuestMount, HostStep, MountSource, Overlay, Plan, ReadOnly};
-pub use probe::{FileKind, FileSystem, SourceInfo, probe, shm_bytes};
+pub use files::{FilesVolume, Watch};
+pub use mountinfo::MountTable;
+pub use plan::{Context, FileBind, GuestMount, HostStep, MemoryVolume, MountSource, Overlay, Plan, ReadOnly};
+pub use probe::{FileKind, FileSystem, Host, Owner, Place, SourceInfo, probe, shm_bytes};
 
 /// A directory that the guest shall see.
 #[derive(Debug)]
@@ -40,6 +45,8 @@ pub struct Share {
     pub fd: OwnedFd,
     /// How the guest may cache.
     pub cache: CachePolicy,
+    /// Whether containers of the pod have it in common.
+    pub pooled: bool,
 }
 
 /// A block device that the guest shall see.
@@ -58,6 +65,8 @@ pub struct Attachments {
     pub shares: Vec<Share>,
     /// In the plan's order: [`MountSource::Block`]'s `index` counts these.
     pub blocks: Vec<Block>,
+    /// In the plan's order.
+    pub volumes: Vec<FilesVolume>,
 }
 
 /// Plans the storage of the container `id`: of its specification, its bundle directory, and its root file system's
@@ -74,13 +83,17 @@ pub fn plan(spec: &Spec, bundle: &Path, rootfs: &[RootfsMount], id: &str) -> Res
     Plan::new(context, spec, rootfs, &probe)
 }
 
-/// Opens what a plan names. Blocks: call it where that is allowed.
+/// Opens what a plan names. Blocks: call it where that is allowed. Volumes are given to `watch` before they are read;
+/// one that is not fit for a copy becomes a share in the plan.
 ///
 /// # Errors
 /// [`StorageError`]; what had been opened is closed again.
-pub fn realize(plan: &Plan) -> Result<Attachments, StorageError> {
+pub fn realize(plan: &mut Plan, watch: Watch<'_>) -> Result<Attachments, StorageError> {
     let mut attachments = Attachments::default();
+    let mut room = files::MAX_BYTES;
+    let mut unfit = Vec::new();
     for step in &plan.host {
+        let mut is_pooled = false;
         let (name, fd, cache) = match step {
             HostStep::Block { source, read_only } => {
                 attachments.blocks.push(rootfs::open_block(source, *read_only)?);
@@ -96,9 +109,27 @@ pub fn realize(plan: &Plan) -> Result<Attachments, StorageError> {
                 read_only,
                 receive_unmounts,
                 cache,
+                place,
+                pooled,
             } => {
-                let fd = share::clone_directory(source, *recursive, *read_only, *receive_unmounts)?;
+                is_pooled = *pooled;
+                let fd = share::clone_directory(source, *place, *recursive, *read_only, *receive_unmounts)?;
                 (share, fd, *cache)
+            }
+            HostStep::Volume {
+                volume,
+                source,
+                place,
+            } => {
+                if let Some(found) = FilesVolume::open(volume, source, *place, room, watch)? {
+                    room = room.saturating_sub(files::size(&found.tree));
+                    attachments.volumes.push(found);
+                    continue;
+                }
+                is_pooled = true;
+                unfit.push(volume.clone());
+                let fd = share::clone_directory(source, Some(*place), false, ReadOnly::Recursive, false)?;
+                (volume, fd, CachePolicy::Shared)
             }
             HostStep::Files { share, files } => (share, share::gather_files(files)?, CachePolicy::Shared),
         };
@@ -106,7 +137,11 @@ pub fn realize(plan: &Plan) -> Result<Attachments, StorageError> {
             name: name.clone(),
             fd,
             cache,
+            pooled: is_pooled,
         });
+    }
+    for volume in unfit {
+        plan.share_instead_of(&volume);
     }
     Ok(attachments)
 }

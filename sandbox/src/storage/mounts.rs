@@ -10,11 +10,11 @@ use oci_spec::runtime::{Mount, Spec};
 use protocol::vmm::CachePolicy;
 
 use super::error::StorageError;
-use super::options;
 use super::plan::{
-    Context, FileBind, GuestMount, HostStep, MountSource, Overlay, Plan, Probe, ReadOnly, clean,
+    Context, FileBind, GuestMount, HostStep, MemoryVolume, MountSource, Overlay, Plan, Probe, ReadOnly, clean,
 };
-use super::probe::{FileKind, FileSystem, SourceInfo};
+use super::probe::{FileKind, FileSystem, Place, SourceInfo};
+use super::{kubelet, options};
 
 /// Where POSIX shared memory is.
 pub(super) const SHM: &str = "/dev/shm";
@@ -185,32 +185,101 @@ impl Plan {
         }
         let info = probe(&source)
             .map_err(|cause| StorageError::opening("the source of a bind mount,", &source, cause))?;
-        if let Some(replaced) = guests_own(context, &source, target, info, &words)? {
+        if let Some(replaced) = guests_own(context, &source, target, &info, &words)? {
             return Ok(replaced);
         }
         if !words.iter().any(|word| options::is_bind(word)) {
             words.insert(0, "bind".to_owned());
+        }
+        if let Some(volume) = self.memory_volume(&source, &info, probe) {
+            return Ok((volume, words));
         }
         let read_only = options::read_only(&words);
         if info.kind == FileKind::File {
             let path = files.len().to_string();
             files.push(FileBind {
                 source,
+                place: info.place,
                 read_only: read_only != ReadOnly::No,
             });
             let name = files_share(context);
             return Ok((MountSource::Share { name, path }, words));
         }
-        let share = self.share_name(context);
-        self.host.push(HostStep::Directory {
+        if read_only != ReadOnly::No && kubelet::holds_api_files(&source) {
+            let name = volume_name("files", info.place);
+            self.push_once(HostStep::Volume {
+                volume: name.clone(),
+                source,
+                place: info.place,
+            });
+            return Ok((root_of_volume(name), words));
+        }
+        let recursive = words.iter().any(|word| word == "rbind");
+        let receive_unmounts = matches!(options::propagation(&words), Some("slave" | "rslave"));
+        // An emptyDir is the pod's: one share, also where a container may only read, so that its containers see each
+        // other's writes in one cache. What else is read-only stays so whatever the guest does.
+        let read_only = if kubelet::is_empty_dir(&source) {
+            ReadOnly::No
+        } else {
+            read_only
+        };
+        let share = pooled_name(&info, recursive, read_only, receive_unmounts);
+        self.push_once(HostStep::Directory {
             share: share.clone(),
             source,
-            recursive: words.iter().any(|word| word == "rbind"),
+            recursive,
             read_only,
-            receive_unmounts: matches!(options::propagation(&words), Some("slave" | "rslave")),
+            receive_unmounts,
             cache: CachePolicy::Shared,
+            place: Some(info.place),
+            pooled: true,
         });
         Ok((root_of(share), words))
+    }
+
+    /// The same directory may be mounted at several places of a container.
+    fn push_once(&mut self, step: HostStep) {
+        if !self.host.contains(&step) {
+            self.host.push(step);
+        }
+    }
+
+    /// An emptyDir in memory, or a `subPath` of one: a file system of the guest's, as large as the host's.
+    fn memory_volume(&mut self, source: &Path, info: &SourceInfo, probe: Probe<'_>) -> Option<MountSource> {
+        let FileSystem::Tmpfs { bytes } = info.file_system else {
+            return None;
+        };
+        if info.kind != FileKind::Directory {
+            return None;
+        }
+        // A kubelet whose own directory is on a tmpfs has all its emptyDirs there: only one with a mount of its own
+        // is meant to be in memory.
+        let (bytes, volume, path) = if kubelet::is_empty_dir(source) {
+            (bytes, info.clone(), String::new())
+        } else {
+            let volume = probe(&kubelet::empty_dir_of_sub_path(source)?).ok()?;
+            let FileSystem::Tmpfs { bytes } = volume.file_system else {
+                return None;
+            };
+            let path = info.shows.as_ref()?.to_str()?.trim_start_matches('/').to_owned();
+            (bytes, volume, path)
+        };
+        if !volume.mount_root || volume.place.device != info.place.device {
+            return None;
+        }
+        let name = volume_name("memory", volume.place);
+        if !self.volumes.iter().any(|known| known.name == name) {
+            self.volumes.push(MemoryVolume {
+                name: name.clone(),
+                bytes,
+                root: volume.owner,
+            });
+        }
+        Some(MountSource::Volume {
+            name,
+            directory: (!path.is_empty()).then_some(info.owner),
+            path,
+        })
     }
 
     /// A name no other share of the sandbox has: container ids are unique, and the part behind the last dot is
@@ -225,7 +294,7 @@ fn guests_own(
     context: Context<'_>,
     source: &Path,
     target: &Path,
-    info: SourceInfo,
+    info: &SourceInfo,
     words: &[String],
 ) -> Result<Option<(MountSource, Vec<String>)>, StorageError> {
     let flags = || -> Vec<String> {
@@ -299,6 +368,34 @@ fn kernel(kind: &str) -> MountSource {
     let file_system = if kind == "cgroup" { "cgroup2" } else { kind };
     MountSource::Kernel {
         file_system: file_system.to_owned(),
+    }
+}
+
+/// The name of a share that says all about it: containers whose mounts come to the same name have it in common, and
+/// with it one cache in the guest. No container's id begins with this character.
+fn pooled_name(info: &SourceInfo, recursive: bool, read_only: ReadOnly, receive_unmounts: bool) -> String {
+    let Place { device, inode, mount } = info.place;
+    let below = if recursive { info.below } else { 0 };
+    let depth = match (recursive, read_only) {
+        (false, ReadOnly::No) => "w",
+        (false, _) => "r",
+        (true, ReadOnly::No) => "ww",
+        (true, ReadOnly::Top) => "rw",
+        (true, ReadOnly::Recursive) => "rr",
+    };
+    let slave = if receive_unmounts { "s" } else { "" };
+    format!("@{device:x}.{inode:x}.{mount:x}.{below:x}.{depth}{slave}")
+}
+
+fn volume_name(kind: &str, place: Place) -> String {
+    format!("{kind}-{:x}-{:x}", place.device, place.inode)
+}
+
+fn root_of_volume(name: String) -> MountSource {
+    MountSource::Volume {
+        name,
+        path: String::new(),
+        directory: None,
     }
 }
 

@@ -11,7 +11,7 @@ use protocol::vmm::CachePolicy;
 
 use super::error::StorageError;
 use super::options;
-use super::probe::{FileKind, SourceInfo};
+use super::probe::{FileKind, Owner, Place, SourceInfo};
 use crate::api::RootfsMount;
 
 /// Where the agent wants the root file system (agent.proto, `CreateContainerRequest.rootfs`).
@@ -64,6 +64,8 @@ pub struct Overlay {
 pub struct FileBind {
     /// The file on the host.
     pub source: PathBuf,
+    /// Which file that was when it was planned.
+    pub place: Place,
     /// Whether the guest may only read it.
     pub read_only: bool,
 }
@@ -92,6 +94,20 @@ pub enum HostStep {
         receive_unmounts: bool,
         /// How the guest may cache.
         cache: CachePolicy,
+        /// Which directory that was when it was planned, if it must still be the same.
+        place: Option<Place>,
+        /// Whether all containers of the pod that plan the same share have one and the same: its name says all about
+        /// it then.
+        pooled: bool,
+    },
+    /// A directory of small files that the host replaces, for a volume with a copy of them.
+    Volume {
+        /// The volume's name.
+        volume: String,
+        /// The directory on the host.
+        source: PathBuf,
+        /// Which directory that was when it was planned.
+        place: Place,
     },
     /// Single files, gathered in one share.
     Files {
@@ -131,6 +147,15 @@ pub enum MountSource {
         /// Its type.
         file_system: String,
     },
+    /// A path in a volume of the pod.
+    Volume {
+        /// The volume's name.
+        name: String,
+        /// Relative to its root; empty for the root.
+        path: String,
+        /// Makes the path as a directory when it does not exist.
+        directory: Option<Owner>,
+    },
     /// A path in the guest's own tree.
     Guest {
         /// The path, absolute.
@@ -149,6 +174,17 @@ pub struct GuestMount {
     pub options: Vec<String>,
 }
 
+/// A volume in the guest's memory that the pod's containers fill themselves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryVolume {
+    /// Its name in the pod.
+    pub name: String,
+    /// How much it may hold, in bytes.
+    pub bytes: u64,
+    /// Of its root.
+    pub root: Owner,
+}
+
 /// What a container's storage is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
@@ -158,6 +194,8 @@ pub struct Plan {
     pub rootfs: Vec<GuestMount>,
     /// What the guest mounts in it, in the specification's order.
     pub mounts: Vec<GuestMount>,
+    /// Volumes of the pod that the mounts name, without those that hold the host's files.
+    pub volumes: Vec<MemoryVolume>,
     /// Whether the root file system is read-only once the mounts are made.
     pub read_only_rootfs: bool,
 }
@@ -186,6 +224,7 @@ impl Plan {
             host: Vec::new(),
             rootfs: Vec::new(),
             mounts: Vec::new(),
+            volumes: Vec::new(),
             read_only_rootfs: spec
                 .root()
                 .as_ref()
@@ -221,6 +260,44 @@ impl Plan {
         self.mounts.iter().map(|mount| mount.to_agent(serials)).collect()
     }
 
+    /// The pod's volumes in memory in the agent's words.
+    #[must_use]
+    pub fn agent_volumes(&self) -> Vec<agent::Volume> {
+        let to_agent = |volume: &MemoryVolume| {
+            let mut empty = agent::EmptyVolume::new();
+            empty.size_bytes = volume.bytes;
+            empty.root = Some(volume.root.to_agent()).into();
+            let mut wanted = agent::Volume::new();
+            wanted.name.clone_from(&volume.name);
+            wanted.content = Some(agent::volume::Content::Empty(empty));
+            wanted
+        };
+        self.volumes.iter().map(to_agent).collect()
+    }
+
+    /// Gives a share the name under which the guest has it.
+    pub fn rename_share(&mut self, from: &str, to: &str) {
+        for mount in &mut self.mounts {
+            if let MountSource::Share { name, .. } = &mut mount.source
+                && name == from
+            {
+                to.clone_into(name);
+            }
+        }
+    }
+
+    /// Mounts the share of the same name where a volume was planned.
+    pub(super) fn share_instead_of(&mut self, volume: &str) {
+        for mount in &mut self.mounts {
+            if matches!(&mount.source, MountSource::Volume { name, .. } if name == volume) {
+                mount.source = MountSource::Share {
+                    name: volume.to_owned(),
+                    path: String::new(),
+                };
+            }
+        }
+    }
+
     /// `root.path` of the specification. It belongs to the caller, who may change it while the container runs.
     fn rootfs_from_directory(
         &mut self,
@@ -241,6 +318,8 @@ impl Plan {
             read_only: ReadOnly::No,
             receive_unmounts: false,
             cache: CachePolicy::Shared,
+            place: None,
+            pooled: false,
         });
         Ok(())
     }
@@ -290,6 +369,8 @@ impl Plan {
                     },
                     receive_unmounts: false,
                     cache: CachePolicy::Exclusive,
+                    place: None,
+                    pooled: false,
                 });
             }
             kind if BLOCK_FILE_SYSTEMS.contains(&kind) => self.rootfs_from_block(context, mount)?,
@@ -384,6 +465,16 @@ impl GuestMount {
                 file_system: file_system.clone(),
                 ..Default::default()
             }),
+            MountSource::Volume {
+                name,
+                path,
+                directory,
+            } => Source::Volume(agent::VolumeSource {
+                name: name.clone(),
+                path: path.clone(),
+                directory: directory.map(Owner::to_agent).into(),
+                ..Default::default()
+            }),
             MountSource::Guest { path } => Source::Guest(agent::GuestSource {
                 path: path.clone(),
                 ..Default::default()
@@ -392,6 +483,17 @@ impl GuestMount {
         mount.target.clone_from(&self.target);
         mount.options.clone_from(&self.options);
         mount
+    }
+}
+
+impl Owner {
+    pub(super) fn to_agent(self) -> agent::Owner {
+        agent::Owner {
+            uid: self.uid,
+            gid: self.gid,
+            mode: self.mode,
+            ..Default::default()
+        }
     }
 }
 

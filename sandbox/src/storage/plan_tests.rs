@@ -14,6 +14,11 @@ fn host(path: &Path) -> io::Result<SourceInfo> {
         "/data" | "/bundle/rootfs" | "/bundle/sub" | "/snap/1/fs" => ordinary(Directory),
         "/etc/hosts" | "/etc/resolv.conf" | "/bundle/hosts" => ordinary(File),
         "/run/shm" | "/dev" => tmpfs(Directory),
+        "/k/pods/1/volumes/kubernetes.io~empty-dir/mem"
+        | "/k/pods/1/volumes/kubernetes.io~empty-dir/disk"
+        | "/k/pods/1/volumes/kubernetes.io~secret/s"
+        | "/k/pods/1/volume-subpaths/mem/c/0"
+        | "/k/pods/1/volume-subpaths/disk/c/0" => tmpfs(Directory),
         "/run/docker.sock" => tmpfs(Socket),
         "/run/pipe" => tmpfs(Fifo),
         "/dev/fuse" | "/dev/ttyS0" => tmpfs(CharDevice),
@@ -23,7 +28,30 @@ fn host(path: &Path) -> io::Result<SourceInfo> {
         "/sys/fs/cgroup" | "/sys/fs/cgroup/x" => Ok((Directory, FileSystem::Cgroup)),
         _ => Err(io::Error::from_raw_os_error(libc::ENOENT)),
     }?;
-    Ok(SourceInfo { kind, file_system })
+    let inode = path.as_os_str().len() as u64;
+    let shows = (path == Path::new("/k/pods/1/volume-subpaths/mem/c/0")).then(|| "/sub/dir".into());
+    Ok(SourceInfo {
+        kind,
+        file_system,
+        place: Place {
+            device: 8,
+            inode,
+            mount: 1,
+        },
+        owner: Owner {
+            uid: 0,
+            gid: 7,
+            mode: 0o2777,
+        },
+        mount_root: path.ends_with("mem"),
+        shows,
+        below: 0,
+    })
+}
+
+/// Where this host's paths are.
+fn place(path: &str) -> Place {
+    host(Path::new(path)).unwrap().place
 }
 
 fn context() -> Context<'static> {
@@ -158,6 +186,8 @@ fn a_bind_is_shared_as_deep_and_as_writable_as_it_is() {
         read_only,
         receive_unmounts: false,
         cache: CachePolicy::Exclusive,
+        place: None,
+        pooled: false,
     };
     assert_eq!(plan("rbind rw").host, [step(true, ReadOnly::No)]);
     assert_eq!(plan("bind ro").host, [step(false, ReadOnly::Recursive)]);
@@ -299,16 +329,19 @@ fn directories_are_shared_each_and_files_together() {
         read_only,
         receive_unmounts,
         cache: CachePolicy::Shared,
+        place: Some(place(source)),
+        pooled: true,
     };
     let file = |source: &str, read_only| FileBind {
         source: source.into(),
+        place: place(source),
         read_only,
     };
     assert_eq!(
         steps,
         [
-            directory("c1.1", "/data", true, ReadOnly::Recursive, true),
-            directory("c1.2", "/bundle/sub", false, ReadOnly::Top, false),
+            directory("@8.5.1.0.rrs", "/data", true, ReadOnly::Recursive, true),
+            directory("@8.b.1.0.r", "/bundle/sub", false, ReadOnly::Top, false),
             HostStep::Files {
                 share: "c1.files".into(),
                 files: vec![file("/etc/hosts", true), file("/etc/resolv.conf", false)],
@@ -319,8 +352,8 @@ fn directories_are_shared_each_and_files_together() {
         mounts,
         [
             guest(share("c1.files", "0"), "/etc/hosts", "rbind ro"),
-            guest(share("c1.1", ""), "/data", "rbind rslave rro nosuid"),
-            guest(share("c1.2", ""), "/sub", "bind ro"),
+            guest(share("@8.5.1.0.rrs", ""), "/data", "rbind rslave rro nosuid"),
+            guest(share("@8.b.1.0.r", ""), "/sub", "bind ro"),
             guest(share("c1.files", "1"), "/etc/resolv.conf", "bind"),
         ]
     );
@@ -463,4 +496,77 @@ fn what_a_virtual_machine_cannot_have_is_refused_by_name() {
         let error = refused(json);
         assert!(error.contains(expected), "{error}");
     }
+}
+
+#[test]
+fn an_empty_dir_in_memory_is_the_guests_and_its_sub_paths_too() {
+    let bind = |source: &str| {
+        let json =
+            format!(r#"{{"destination":"/x","source":"/k/pods/1/{source}","options":["rbind","ro"]}}"#);
+        let spec = spec(&format!(r#","root":{{"path":"rootfs"}},"mounts":[{json}]"#));
+        let mut plan = Plan::new(context(), &spec, &[], &host).unwrap();
+        (plan.mounts.remove(0).source, plan.volumes, plan.host.len() - 1)
+    };
+    let owner = Owner {
+        uid: 0,
+        gid: 7,
+        mode: 0o2777,
+    };
+    let volume = |path: &str, directory| MountSource::Volume {
+        name: "memory-8-2d".into(),
+        path: path.into(),
+        directory,
+    };
+    let made = vec![MemoryVolume {
+        name: "memory-8-2d".into(),
+        bytes: 64 << 20,
+        root: owner,
+    }];
+    assert_eq!(
+        bind("volumes/kubernetes.io~empty-dir/mem"),
+        (volume("", None), made.clone(), 0)
+    );
+    assert_eq!(
+        bind("volume-subpaths/mem/c/0"),
+        (volume("sub/dir", Some(owner)), made, 0)
+    );
+    // Without a mount of its own it is on kubelet's file system, of whatever kind that is.
+    let (source, volumes, shares) = bind("volumes/kubernetes.io~empty-dir/disk");
+    assert!(matches!(source, MountSource::Share { .. }), "{source:?}");
+    assert_eq!((volumes, shares), (vec![], 1));
+    let (source, ..) = bind("volume-subpaths/disk/c/0");
+    assert!(matches!(source, MountSource::Share { .. }), "{source:?}");
+}
+
+#[test]
+fn an_empty_dir_is_one_share_for_all_and_api_files_are_a_volume() {
+    let bind = |source: &str, options: &str| {
+        let json = format!(r#"{{"destination":"/x","source":"/k/pods/1/{source}","options":[{options}]}}"#);
+        let (mut steps, mut mounts) = mounts(&json).unwrap();
+        (steps.remove(0), mounts.remove(0))
+    };
+    let disk = "volumes/kubernetes.io~empty-dir/disk";
+    let (write, _) = bind(disk, r#""rbind""#);
+    let (read, mount) = bind(disk, r#""rbind","ro""#);
+    assert_eq!(write, read);
+    assert_eq!(mount.options, words("rbind ro"));
+    let (step, mount) = bind("volumes/kubernetes.io~secret/s", r#""rbind","ro""#);
+    assert!(matches!(step, HostStep::Volume { .. }), "{step:?}");
+    assert!(matches!(mount.source, MountSource::Volume { .. }), "{mount:?}");
+    // A copy would not carry writes to the host.
+    let (step, _) = bind("volumes/kubernetes.io~secret/s", r#""rbind""#);
+    assert!(matches!(step, HostStep::Directory { .. }), "{step:?}");
+}
+
+#[test]
+fn one_directory_at_two_places_is_one_share() {
+    let (steps, mounts) = mounts(
+        r#"{"destination":"/a","source":"/data","options":["rbind"]},
+           {"destination":"/b","source":"/data","options":["rbind"]},
+           {"destination":"/c","source":"/data","options":["rbind","ro"]}"#,
+    )
+    .unwrap();
+    assert_eq!(steps.len(), 2);
+    assert_eq!(mounts[0].source, mounts[1].source);
+    assert_ne!(mounts[0].source, mounts[2].source);
 }

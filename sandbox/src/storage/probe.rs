@@ -1,11 +1,14 @@
 //! What a path on the host is, as far as a plan must know.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
-use rustix::fs::{CWD, FileType, Mode, OFlags, RawMode};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawMode, StatxAttributes, StatxFlags};
+
+use super::kubelet;
+use super::mountinfo::MountTable;
 
 /// The kind of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,13 +43,53 @@ pub enum FileSystem {
     Kernel(&'static str),
 }
 
+/// Which file something is, whatever its path, and by way of which mount it was reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Number of the file system (`st_dev`).
+    pub device: u64,
+    /// Number of the file in it.
+    pub inode: u64,
+    /// Number of the mount (statx(2), `stx_mnt_id`); 0 where the kernel does not tell.
+    pub mount: u64,
+}
+
+impl Place {
+    /// Whether it is the same file.
+    #[must_use]
+    pub fn is_file_of(self, other: Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+}
+
+/// Who owns a file, and its permission bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+    /// Permission bits with setuid, setgid and sticky bit.
+    pub mode: u32,
+}
+
 /// What a plan must know of a path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceInfo {
     /// The kind of file, behind all symbolic links.
     pub kind: FileKind,
     /// The kind of file system it is on.
     pub file_system: FileSystem,
+    /// Which file it is.
+    pub place: Place,
+    /// Whose it is.
+    pub owner: Owner,
+    /// Whether something is mounted right here.
+    pub mount_root: bool,
+    /// Which directory of its file system the mount shows, of a `subPath` in a tmpfs.
+    pub shows: Option<PathBuf>,
+    /// A number that tells which mounts are below a directory; 0 for none.
+    pub below: u64,
 }
 
 /// File systems that show or steer the host's kernel, by statfs(2)'s `f_type` (linux/magic.h).
@@ -67,12 +110,41 @@ const KERNEL_FILE_SYSTEMS: [(u64, &str); 12] = [
 const CGROUP: [u64; 2] = [0x27_e0eb, 0x6367_7270];
 const TMPFS: u64 = 0x0102_1994;
 
+/// The host's files, as a plan looks at them.
+#[derive(Debug, Default)]
+pub struct Host {
+    mounts: MountTable,
+}
+
+impl Host {
+    /// Looks at a path, behind all symbolic links.
+    ///
+    /// # Errors
+    /// What open(2), statx(2) and statfs(2) report.
+    pub fn probe(&self, path: &Path) -> io::Result<SourceInfo> {
+        let fd = open_path(path)?;
+        let mut info = inspect(&fd)?;
+        if info.kind == FileKind::Directory
+            && matches!(info.file_system, FileSystem::Ordinary | FileSystem::Tmpfs { .. })
+        {
+            let real = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+            info.below = self.mounts.below(&real)?;
+            if matches!(info.file_system, FileSystem::Tmpfs { .. })
+                && kubelet::empty_dir_of_sub_path(path).is_some()
+            {
+                info.shows = Some(self.mounts.root_of(info.place.mount)?);
+            }
+        }
+        Ok(info)
+    }
+}
+
 /// Looks at a path, behind all symbolic links.
 ///
 /// # Errors
-/// What open(2) and statfs(2) report.
+/// What open(2), statx(2) and statfs(2) report.
 pub fn probe(path: &Path) -> io::Result<SourceInfo> {
-    inspect(open_path(path)?)
+    Host::default().probe(path)
 }
 
 /// Opens a path as a place, without access to what it holds.
@@ -85,10 +157,11 @@ pub(super) fn open_path(path: &Path) -> io::Result<OwnedFd> {
     )?)
 }
 
-/// Looks at an open path.
+/// Looks at an open path itself; what is below it is left out.
 pub(super) fn inspect(fd: impl AsFd) -> io::Result<SourceInfo> {
-    let stat = rustix::fs::fstat(&fd)?;
-    let kind = match FileType::from_raw_mode(stat.st_mode as RawMode) {
+    let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
+    let stat = rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH, wanted)?;
+    let kind = match FileType::from_raw_mode(RawMode::from(stat.stx_mode)) {
         FileType::Directory => FileKind::Directory,
         FileType::CharacterDevice => FileKind::CharDevice,
         FileType::BlockDevice => FileKind::BlockDevice,
@@ -107,7 +180,23 @@ pub(super) fn inspect(fd: impl AsFd) -> io::Result<SourceInfo> {
         },
         None => FileSystem::Ordinary,
     };
-    Ok(SourceInfo { kind, file_system })
+    Ok(SourceInfo {
+        kind,
+        file_system,
+        place: Place {
+            device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+            inode: stat.stx_ino,
+            mount: stat.stx_mnt_id,
+        },
+        owner: Owner {
+            uid: stat.stx_uid,
+            gid: stat.stx_gid,
+            mode: u32::from(stat.stx_mode) & 0o7777,
+        },
+        mount_root: stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT),
+        shows: None,
+        below: 0,
+    })
 }
 
 /// The size in bytes of the /dev/shm that a pod's containers share: of the tmpfs that the specification binds there,
@@ -122,6 +211,7 @@ pub fn shm_bytes(spec: &Spec) -> u64 {
         Some(Ok(SourceInfo {
             kind: FileKind::Directory,
             file_system: FileSystem::Tmpfs { bytes },
+            ..
         })) => bytes,
         _ => 0,
     }

@@ -60,12 +60,16 @@ fn inside(share: &Share, name: &str) -> PathBuf {
 }
 
 fn realized(step: HostStep) -> Result<Attachments, StorageError> {
-    realize(&Plan {
-        host: vec![step],
-        rootfs: Vec::new(),
-        mounts: Vec::new(),
-        read_only_rootfs: false,
-    })
+    realize(
+        &mut Plan {
+            host: vec![step],
+            rootfs: Vec::new(),
+            mounts: Vec::new(),
+            volumes: Vec::new(),
+            read_only_rootfs: false,
+        },
+        &|_, _| Ok(()),
+    )
 }
 
 fn share_of(step: HostStep) -> Share {
@@ -82,6 +86,8 @@ fn directory(source: &Path, recursive: bool, read_only: ReadOnly) -> HostStep {
         read_only,
         receive_unmounts: false,
         cache: CachePolicy::Shared,
+        place: None,
+        pooled: false,
     }
 }
 
@@ -153,6 +159,7 @@ fn an_overlay_is_mounted_the_older_way_too() {
         name: String::new(),
         fd,
         cache: CachePolicy::Exclusive,
+        pooled: false,
     };
     check_overlay(&dir, &share, 60);
     assert!(
@@ -268,7 +275,11 @@ fn files_are_gathered_each_as_writable_as_it_shall_be() {
     let hosts = dir.file("hosts", "hosts");
     let resolv = dir.file("resolv.conf", "resolv");
     symlink(&resolv, dir.path.join("link")).unwrap();
-    let bind = |source: PathBuf, read_only| FileBind { source, read_only };
+    let bind = |source: PathBuf, read_only| FileBind {
+        place: probe(&source).unwrap().place,
+        source,
+        read_only,
+    };
     let at_root = || {
         mounts_of_this_process()
             .lines()
@@ -318,6 +329,7 @@ fn what_is_not_what_the_plan_took_it_for_is_refused() {
         share: "s".into(),
         files: vec![FileBind {
             source: dir.path.clone(),
+            place: Place::default(),
             read_only: false,
         }],
     };
@@ -436,8 +448,8 @@ fn a_specification_goes_all_the_way() {
     );
     let spec: Spec = serde_json::from_str(&spec).unwrap();
     assert!(shm_bytes(&spec) > 0);
-    let plan = plan(&spec, &dir.path.join("bundle"), &[], "c1").unwrap();
-    let attachments = realize(&plan).unwrap();
+    let mut plan = plan(&spec, &dir.path.join("bundle"), &[], "c1").unwrap();
+    let attachments = realize(&mut plan, &|_, _| Ok(())).unwrap();
     let names: Vec<&str> = attachments
         .shares
         .iter()
@@ -452,4 +464,79 @@ fn a_specification_goes_all_the_way() {
     let mounts = plan.agent_mounts(&[]);
     assert_eq!(mounts[0].share().path, "0");
     assert_eq!(mounts[1].kernel().file_system, "tmpfs");
+}
+
+#[test]
+fn a_path_that_is_replaced_after_it_was_planned_is_not_followed() {
+    needs_root!();
+    let dir = Directory::new();
+    let source = dir.make("volume");
+    let file = dir.file("file", "");
+    let secret = dir.make("secret");
+    let planned = |path: &Path| probe(path).unwrap().place;
+    let mut step = directory(&source, true, ReadOnly::No);
+    if let HostStep::Directory { place, .. } = &mut step {
+        *place = Some(planned(&source));
+    }
+    let files = HostStep::Files {
+        share: "s".into(),
+        files: vec![FileBind {
+            place: planned(&file),
+            source: file.clone(),
+            read_only: false,
+        }],
+    };
+    let volume = HostStep::Volume {
+        volume: "v".into(),
+        place: planned(&source),
+        source: source.clone(),
+    };
+    for step in [&step, &files, &volume] {
+        realized(step.clone()).unwrap();
+    }
+    fs::remove_dir(&source).unwrap();
+    symlink(&secret, &source).unwrap();
+    fs::remove_file(&file).unwrap();
+    symlink("/etc/passwd", &file).unwrap();
+    for step in [&step, &files, &volume] {
+        let error = realized(step.clone()).unwrap_err();
+        assert!(matches!(error, StorageError::Replaced(_)), "{error}");
+    }
+    fs::remove_file(&source).unwrap();
+    let error = realized(step).unwrap_err();
+    assert!(matches!(error, StorageError::Missing { .. }), "{error}");
+}
+
+#[test]
+fn a_volume_of_files_is_copied_or_shared_when_it_is_too_large() {
+    needs_root!();
+    let dir = Directory::new();
+    dir.file("pods/1/volumes/kubernetes.io~configmap/c/key", "value");
+    let source = dir.path.join("pods/1/volumes/kubernetes.io~configmap/c");
+    let spec = format!(
+        r#"{{"ociVersion":"1.2.0","root":{{"path":"/usr"}},"mounts":[
+            {{"destination":"/c","type":"bind","source":"{}","options":["rbind","ro"]}}]}}"#,
+        source.display()
+    );
+    let spec: Spec = serde_json::from_str(&spec).unwrap();
+    let realized = || {
+        let mut plan = plan(&spec, &dir.path, &[], "c1").unwrap();
+        let attachments = realize(&mut plan, &|_, _| Ok(())).unwrap();
+        (plan.mounts.remove(0).source, attachments)
+    };
+    let (source_of_mount, attachments) = realized();
+    assert!(
+        matches!(source_of_mount, MountSource::Volume { .. }),
+        "{source_of_mount:?}"
+    );
+    assert_eq!(attachments.volumes[0].tree.files[0].content, b"value");
+    assert_eq!(attachments.shares.len(), 1);
+    fs::write(source.join("large"), vec![0; files::MAX_BYTES]).unwrap();
+    let (source_of_mount, attachments) = realized();
+    assert!(
+        matches!(source_of_mount, MountSource::Share { .. }),
+        "{source_of_mount:?}"
+    );
+    assert!(attachments.volumes.is_empty() && attachments.shares[1].pooled);
+    assert!(inside(&attachments.shares[1], "large").exists());
 }

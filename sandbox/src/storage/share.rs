@@ -9,17 +9,18 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
 
 use super::error::StorageError;
 use super::plan::{FileBind, ReadOnly};
-use super::probe::{FileKind, FileSystem, inspect, open_path};
+use super::probe::{FileKind, FileSystem, Place, inspect, open_path};
 use super::sys::{attr, clone_tree, in_private_namespace, set_attributes};
 
 /// Clones a directory's mount, from the directory on.
 pub(super) fn clone_directory(
     source: &Path,
+    place: Option<Place>,
     recursive: bool,
     read_only: ReadOnly,
     receive_unmounts: bool,
 ) -> Result<OwnedFd, StorageError> {
-    let place = open_kind(source, FileKind::Directory, "a directory")?;
+    let place = open_same(source, place, FileKind::Directory, "a directory")?;
     let failed = |stage| move |cause| mount_error(source, stage, cause);
     let tree = clone_tree(&place, recursive).map_err(failed("open_tree"))?;
     let everywhere = match read_only {
@@ -47,7 +48,7 @@ pub(super) fn gather_files(files: &[FileBind]) -> Result<OwnedFd, StorageError> 
 }
 
 fn clone_file(file: &FileBind) -> Result<OwnedFd, StorageError> {
-    let place = open_kind(&file.source, FileKind::File, "a regular file")?;
+    let place = open_same(&file.source, Some(file.place), FileKind::File, "a regular file")?;
     let failed = |stage| move |cause| mount_error(&file.source, stage, cause);
     let tree = clone_tree(&place, false).map_err(failed("open_tree"))?;
     let set = if file.read_only {
@@ -84,6 +85,25 @@ fn gather(clones: &[OwnedFd]) -> io::Result<OwnedFd> {
     // The guest must not fill the host's memory by making files beside the mounted ones.
     set_attributes(&tree, false, attr::SHARE | attr::RDONLY, None)?;
     Ok(tree)
+}
+
+/// Like [`open_kind`], and sees that it is the very file that was planned: a path that was replaced meanwhile, by a
+/// symbolic link to elsewhere for instance, is not followed.
+fn open_same(
+    path: &Path,
+    planned: Option<Place>,
+    kind: FileKind,
+    expected: &'static str,
+) -> Result<OwnedFd, StorageError> {
+    let place = open_kind(path, kind, expected)?;
+    if let Some(planned) = planned {
+        let found =
+            inspect(&place).map_err(|cause| StorageError::opening("the mount's source", path, cause))?;
+        if !found.place.is_file_of(planned) {
+            return Err(StorageError::Replaced(path.to_owned()));
+        }
+    }
+    Ok(place)
 }
 
 /// Opens a path as a place and sees that it still is what the plan took it for.
