@@ -170,6 +170,12 @@ pub enum Event {
         /// The guest console's last lines, oldest first, at most 16 KiB. Untrusted text.
         console: String,
     },
+    /// The guest has plugged exactly as much memory as the last [`RequestBody::SetPluggedMemory`] asked for. Sent at
+    /// most once for each.
+    PluggedMemory {
+        /// How much, in bytes.
+        bytes: u64,
+    },
 }
 
 /// Every message the VMM sends.

@@ -2,7 +2,7 @@
 //! guest's console, the boot timeline and how the VM ended.
 //!
 //! ```text
-//! boot [--vmm PATH] [--cpus N] [--memory MIB] [--disk FILE]… [--slots N] [--share NAME=DIRECTORY]… [--balloon]
+//! boot [--vmm PATH] [--cpus N] [--max-cpus N] [--memory MIB] [--pluggable MIB] [--disk FILE]… [--slots N] [--share NAME=DIRECTORY]… [--balloon]
 //!      [--exercise] [--no-jail] [--quiet] [--repeat N] KERNEL [INITRD] [-- KERNEL WORDS…]
 //! ```
 
@@ -27,7 +27,9 @@ type Failure = Box<dyn std::error::Error>;
 struct Options {
     vmm: PathBuf,
     cpus: u8,
+    max_cpus: u8,
     memory: u32,
+    pluggable: u32,
     shares: Vec<(String, PathBuf)>,
     slots: u32,
     balloon: bool,
@@ -60,7 +62,9 @@ fn options() -> Result<Options, Failure> {
     let mut options = Options {
         vmm: beside("kata-rs-vmm").unwrap_or_else(|| "kata-rs-vmm".into()),
         cpus: 1,
+        max_cpus: 1,
         memory: 128,
+        pluggable: 0,
         shares: Vec::new(),
         slots: 0,
         balloon: false,
@@ -82,6 +86,8 @@ fn options() -> Result<Options, Failure> {
         match argument.as_str() {
             "--vmm" => options.vmm = value()?.into(),
             "--cpus" => options.cpus = value()?.parse()?,
+            "--max-cpus" => options.max_cpus = value()?.parse()?,
+            "--pluggable" => options.pluggable = value()?.parse()?,
             "--memory" => options.memory = value()?.parse()?,
             "--repeat" => options.repeat = value()?.parse()?,
             "--disk" => options.disks.push(value()?.into()),
@@ -149,9 +155,9 @@ fn run(options: &Options) -> Result<(), Failure> {
     let config = VmConfig {
         id: "boot".to_owned(),
         vcpus: options.cpus,
-        max_vcpus: options.cpus,
+        max_vcpus: options.max_cpus.max(options.cpus),
         memory_mib: options.memory,
-        pluggable_memory_mib: 0,
+        pluggable_memory_mib: options.pluggable,
         kvm: FdIndex(0),
         kernel: FdIndex(1),
         initrd: (options.files.len() == 2).then_some(FdIndex(2)),
@@ -265,6 +271,9 @@ fn watch(
                             println!("console: {console}");
                         }
                         return Ok(());
+                    }
+                    FromVmm::Event(Event::PluggedMemory { bytes }) => {
+                        println!("plugged: {} MiB", bytes >> 20);
                     }
                     FromVmm::Response(response) => println!("unexpected: {response:?}"),
                 },

@@ -73,13 +73,25 @@ impl Session {
                 self.report_end(&cause);
                 return Ok(cause);
             }
-            let mut ready = [
-                PollFd::new(&self.channel, PollFlags::IN),
-                PollFd::from_borrowed_fd(borrow(self.exit.event()), PollFlags::IN),
-            ];
+            let memory = self
+                .machine
+                .as_ref()
+                .and_then(|machine| machine.handles().memory());
+            let exit = PollFd::from_borrowed_fd(borrow(self.exit.event()), PollFlags::IN);
+            let plugged = match memory {
+                Some(memory) => PollFd::from_borrowed_fd(borrow(memory.reached()), PollFlags::IN),
+                None => exit.clone(),
+            };
+            let mut ready = [PollFd::new(&self.channel, PollFlags::IN), exit, plugged];
             match poll(&mut ready, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(errno.into()),
+            }
+            if let Some(memory) = memory
+                && memory.reached().read().is_ok()
+            {
+                let bytes = memory.plugged();
+                self.send(&FromVmm::Event(Event::PluggedMemory { bytes }))?;
             }
             if ready[0].revents().is_empty() {
                 continue;
@@ -185,10 +197,8 @@ impl Session {
                 machine.handles().attach_net(slot, &backing, &mut descriptors)?;
             }
             RequestBody::DetachNet { slot } => machine.handles().detach_net(slot)?,
-            RequestBody::SetVcpus { .. } => return Err(Error::State("this VM has all its vCPUs")),
-            RequestBody::SetPluggedMemory { .. } => {
-                return Err(Error::Invalid("this VM has no pluggable memory".to_owned()));
-            }
+            RequestBody::SetVcpus { count } => machine.set_vcpus(count)?,
+            RequestBody::SetPluggedMemory { mib } => machine.handles().set_plugged_memory(mib)?,
             RequestBody::SetBalloon { target_mib } => machine.handles().set_balloon(target_mib)?,
             RequestBody::Configure { .. } | RequestBody::Timeline | RequestBody::Shutdown => {}
         }

@@ -10,6 +10,7 @@ use protocol::stream::{GUEST_CID, PORT_AGENT};
 use protocol::vmm::{BlockBacking, NetBacking, NetSlot, Share, VmConfig};
 
 use crate::machine::{Descriptors, Error};
+use crate::pluggable::Pluggable;
 use crate::ports::EarlyConsole;
 use crate::timeline::{Recorder, Stage};
 use crate::virtio::Device;
@@ -17,6 +18,7 @@ use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::block::{Backing, Block, BlockHandle};
 use crate::virtio::console::{Console, ConsoleHandle};
 use crate::virtio::fs::{Fs, FsHandle};
+use crate::virtio::memory::{Memory, MemoryHandle};
 use crate::virtio::net::{self, Net, NetHandle, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
@@ -36,6 +38,7 @@ pub struct Named {
 pub struct Handles {
     console: ConsoleHandle,
     balloon: Option<BalloonHandle>,
+    memory: Option<MemoryHandle>,
     fs: Option<FsHandle>,
     nets: Vec<NetHandle>,
     blocks: Vec<BlockHandle>,
@@ -159,6 +162,30 @@ impl Handles {
         balloon.set_target_mib(target_mib);
         Ok(())
     }
+
+    /// The device that plugs memory, when the VM has one.
+    #[must_use]
+    pub fn memory(&self) -> Option<&MemoryHandle> {
+        self.memory.as_ref()
+    }
+
+    /// Sets how much memory the guest shall have plugged.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the VM has no such device, or it is not so large.
+    pub fn set_plugged_memory(&self, mib: u32) -> Result<(), Error> {
+        let memory = self
+            .memory
+            .as_ref()
+            .ok_or_else(|| Error::Invalid("this VM has no pluggable memory".to_owned()))?;
+        if memory.request(u64::from(mib) << 20) {
+            return Ok(());
+        }
+        let most = memory.region().range().len >> 20;
+        Err(Error::Invalid(format!(
+            "{mib} MiB of plugged memory: it must be a multiple of 2 MiB and at most {most} MiB"
+        )))
+    }
 }
 
 fn open_backing(
@@ -218,6 +245,7 @@ fn check_addresses(nets: &[NetSlot]) -> Result<(), Error> {
 /// [`Error`] naming what a device cannot be made of.
 pub fn create(
     config: &VmConfig,
+    pluggable: Option<&Arc<Pluggable>>,
     descriptors: &mut Descriptors,
     timeline: &Arc<Recorder>,
 ) -> Result<Devices, Error> {
@@ -260,6 +288,15 @@ pub fn create(
         add("balloon".to_owned(), Box::new(balloon));
         balloon_handle = Some(handle);
     }
+    let mut memory_handle = None;
+    if let Some(region) = pluggable {
+        let (memory, handle) = Memory::new(region.clone()).map_err(|source| Error::Host {
+            what: "cannot make an event descriptor",
+            source,
+        })?;
+        add("memory".to_owned(), Box::new(memory));
+        memory_handle = Some(handle);
+    }
     let mut fs_handle = None;
     if let Some(tag) = &config.fs_tag {
         let (fs, handle) = Fs::new(tag);
@@ -290,6 +327,7 @@ pub fn create(
     let handles = Handles {
         console: console_handle,
         balloon: balloon_handle,
+        memory: memory_handle,
         fs: fs_handle,
         nets,
         blocks,

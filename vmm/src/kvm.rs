@@ -53,6 +53,8 @@ pub struct Created {
     pub vm: Arc<VmFd>,
     /// Its vCPUs; positions are APIC ids.
     pub vcpus: Vec<VcpuFd>,
+    /// Makes more of them.
+    pub template: cpuid::Template,
 }
 
 /// What the VM is built on; each with the name that the kernel's documentation uses.
@@ -74,11 +76,11 @@ fn ioctl(what: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> Error {
     }
 }
 
-/// Makes a VM with `vcpus` vCPUs.
+/// Makes a VM with `vcpus` vCPUs that look like `max_vcpus`.
 ///
 /// # Errors
 /// [`Error`] naming what is missing or what KVM refused.
-pub fn create(kvm: OwnedFd, vcpus: u8) -> Result<Created, Error> {
+pub fn create(kvm: OwnedFd, vcpus: u8, max_vcpus: u8) -> Result<Created, Error> {
     // SAFETY: the descriptor is owned and given up to `Kvm`, which closes it. That it is KVM is checked next,
     // by an ioctl that fails cleanly on anything else.
     let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
@@ -92,8 +94,11 @@ pub fn create(kvm: OwnedFd, vcpus: u8) -> Result<Created, Error> {
         }
     }
     let limit = kvm.get_max_vcpus();
-    if usize::from(vcpus) > limit {
-        return Err(Error::TooManyVcpus { asked: vcpus, limit });
+    if usize::from(max_vcpus) > limit {
+        return Err(Error::TooManyVcpus {
+            asked: max_vcpus,
+            limit,
+        });
     }
 
     let vm = create_vm(&kvm)?;
@@ -107,22 +112,42 @@ pub fn create(kvm: OwnedFd, vcpus: u8) -> Result<Created, Error> {
     vm.enable_cap(&split)
         .map_err(ioctl("make local APICs without an IOAPIC"))?;
 
-    let template = cpuid::Template::new(&kvm, vcpus, true)?;
+    let template = cpuid::Template::new(&kvm, max_vcpus, true)?;
     let vcpus = (0..vcpus)
-        .map(|index| {
-            let vcpu = vm
-                .create_vcpu(u64::from(index))
-                .map_err(ioctl(format!("create vCPU {index}")))?;
-            vcpu.set_cpuid2(&template.for_vcpu(index)?)
-                .map_err(ioctl(format!("set CPUID of vCPU {index}")))?;
-            msr::set_up(&vcpu)?;
-            Ok(vcpu)
-        })
+        .map(|index| create_vcpu(&vm, &template, index))
         .collect::<Result<Vec<_>, Error>>()?;
     Ok(Created {
         vm: Arc::new(vm),
         vcpus,
+        template,
     })
+}
+
+/// All vCPUs but the first wait for another one to start them (INIT and SIPI).
+fn create_vcpu(vm: &VmFd, template: &cpuid::Template, index: u8) -> Result<VcpuFd, Error> {
+    let vcpu = vm
+        .create_vcpu(u64::from(index))
+        .map_err(ioctl(format!("create vCPU {index}")))?;
+    vcpu.set_cpuid2(&template.for_vcpu(index)?)
+        .map_err(ioctl(format!("set CPUID of vCPU {index}")))?;
+    msr::set_up(&vcpu)?;
+    Ok(vcpu)
+}
+
+/// Makes one vCPU for a VM that runs already.
+///
+/// # Errors
+/// [`Error`] naming what KVM refused.
+pub fn create_late_vcpu(vm: &VmFd, template: &cpuid::Template, index: u8) -> Result<VcpuFd, Error> {
+    let vcpu = create_vcpu(vm, template, index)?;
+    // KVM's map from APIC ids to vCPUs is made anew when a local APIC changes, and a vCPU is not counted yet when its
+    // own is made: without this no interrupt finds it, not even the one that starts it.
+    let lapic = vcpu
+        .get_lapic()
+        .map_err(ioctl(format!("read the local APIC of vCPU {index}")))?;
+    vcpu.set_lapic(&lapic)
+        .map_err(ioctl(format!("set the local APIC of vCPU {index}")))?;
+    Ok(vcpu)
 }
 
 /// Gives guest memory to the VM.
@@ -166,6 +191,6 @@ mod tests {
     #[test]
     fn something_else_than_kvm_is_refused() {
         let null = std::fs::File::open("/dev/null").unwrap();
-        assert!(matches!(create(null.into(), 1), Err(Error::Api(-1))));
+        assert!(matches!(create(null.into(), 1, 1), Err(Error::Api(-1))));
     }
 }

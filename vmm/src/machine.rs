@@ -12,7 +12,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use protocol::vmm::{FailureKind, FdIndex, VmConfig};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::arch::x86_64::{layout, registers};
+use crate::arch::x86_64::{cpuid, layout, registers};
 use crate::boot::{self, Boot, cmdline, mptable};
 use crate::bus::{Bus, Overlap};
 use crate::devices::{self, Devices, Handles, Named};
@@ -21,6 +21,7 @@ use crate::irq::{Ioapic, KvmRouter, MAX_PINS};
 use crate::jail;
 use crate::kvm;
 use crate::memory::{self, GuestMemory};
+use crate::pluggable::{self, Pluggable};
 use crate::ports::Ports;
 use crate::timeline::{Recorder, Stage};
 use crate::vcpu::{Handle, State, Surroundings, Vcpu};
@@ -97,7 +98,9 @@ impl Error {
     #[must_use]
     pub fn kind(&self) -> FailureKind {
         match self {
-            Self::Invalid(_) | Self::Memory(memory::Error::Size(_)) => FailureKind::Invalid,
+            Self::Invalid(_) | Self::Memory(memory::Error::Size(_) | memory::Error::Pluggable(_)) => {
+                FailureKind::Invalid
+            }
             Self::State(_) => FailureKind::State,
             Self::Kvm(kvm::Error::TooManyVcpus { .. }) => FailureKind::Invalid,
             Self::Kvm(_) | Self::Ioctl { .. } | Self::Registers(_) => FailureKind::Kvm,
@@ -170,10 +173,19 @@ impl Descriptors {
 pub struct Machine {
     // The vCPUs come first: they must have stopped before what they run on is dropped.
     vcpus: Vcpus,
+    late: Late,
     devices: Vec<Arc<Mmio>>,
     handles: Handles,
-    memory: GuestMemory,
-    _vm: Arc<VmFd>,
+    ram: GuestMemory,
+    vm: Arc<VmFd>,
+}
+
+/// What more vCPUs are made of.
+struct Late {
+    template: cpuid::Template,
+    surroundings: Arc<Surroundings>,
+    /// How many there can be in all.
+    most: u8,
 }
 
 enum Vcpus {
@@ -199,10 +211,10 @@ impl Machine {
         exit: &Arc<ExitSlot>,
         timeline: &Arc<Recorder>,
     ) -> Result<Self, Error> {
-        if config.vcpus == 0 || config.vcpus == u8::MAX {
+        if config.vcpus == 0 || config.vcpus > config.max_vcpus || config.max_vcpus == u8::MAX {
             return Err(Error::Invalid(format!(
-                "{} vCPUs: there must be 1 to 254",
-                config.vcpus
+                "{} vCPUs of at most {}: there must be 1 to 254, and not more than that",
+                config.vcpus, config.max_vcpus
             )));
         }
         let kvm = descriptors.take(config.kvm, "kvm")?;
@@ -211,27 +223,44 @@ impl Machine {
             Some(index) => Some(File::from(descriptors.take(index, "initrd")?)),
             None => None,
         };
-        let memory = memory::allocate(config.memory_mib)?;
+        let ram = memory::allocate(config.memory_mib)?;
+        let (memory, pluggable) = match config.pluggable_memory_mib {
+            0 => (ram.clone(), None),
+            mib => {
+                let (memory, pluggable) = pluggable::reserve(&ram, mib)?;
+                (memory, Some(pluggable))
+            }
+        };
         let Devices {
             named,
             handles,
             early_console,
-        } = devices::create(config, &mut descriptors, timeline)?;
-        let placed = place(named, &memory)?;
+        } = devices::create(config, pluggable.as_ref(), &mut descriptors, timeline)?;
+        let placed = place(named, &memory, pluggable.as_ref())?;
         let slots: Vec<_> = placed.iter().map(|placed| placed.slot).collect();
-        let command_line = cmdline::compose(config.verbose_console, &slots, &config.cmdline)
-            .map_err(|error| Error::Boot(error.into()))?;
+        let shape = cmdline::Shape {
+            verbose: config.verbose_console,
+            start_vcpus: (config.vcpus < config.max_vcpus).then_some(config.vcpus),
+            pluggable: pluggable.is_some(),
+            devices: &slots,
+        };
+        let command_line =
+            cmdline::compose(shape, &config.cmdline).map_err(|error| Error::Boot(error.into()))?;
         let boot = Boot {
             kernel,
             initrd,
             command_line: &command_line,
-            vcpus: config.vcpus,
+            max_vcpus: config.max_vcpus,
             pins: pins(&placed),
         };
 
         let make_vm = || {
-            let created = kvm::create(kvm, config.vcpus)?;
-            kvm::set_memory(&created.vm, &memory::ranges(&memory))?;
+            let created = kvm::create(kvm, config.vcpus, config.max_vcpus)?;
+            let ranges = memory::ranges(&ram);
+            kvm::set_memory(&created.vm, &ranges)?;
+            if let Some(pluggable) = &pluggable {
+                pluggable.connect(created.vm.clone(), ranges.len() as u32);
+            }
             connect(&created.vm, &placed)?;
             timeline.record(Stage::VmCreated);
             Ok::<_, Error>(created)
@@ -244,7 +273,7 @@ impl Machine {
             if config.jail {
                 jail::enter(config.fs_tag.is_some())?;
             }
-            let entry = boot.load(&memory)?;
+            let entry = boot.load(&ram)?;
             timeline.record(Stage::KernelLoaded);
             let panicked = |_| io::Error::other("its thread has panicked");
             let created = vm
@@ -254,9 +283,9 @@ impl Machine {
             Ok::<_, Error>((entry, created))
         })?;
         if let Some(boot_vcpu) = created.vcpus.first() {
-            registers::set_up_pvh(boot_vcpu, &memory, entry, layout::START_INFO)?;
+            registers::set_up_pvh(boot_vcpu, &ram, entry, layout::START_INFO)?;
         }
-        let ports = Ports::new(memory.clone(), exit.clone(), early_console);
+        let ports = Ports::new(ram.clone(), exit.clone(), early_console);
         let surroundings = surroundings(&created.vm, &placed, ports, exit, timeline)?;
         let vcpus = created.vcpus.into_iter().enumerate();
         let vcpus = vcpus
@@ -264,10 +293,15 @@ impl Machine {
             .collect();
         Ok(Self {
             vcpus: Vcpus::Built(vcpus),
+            late: Late {
+                template: created.template,
+                surroundings,
+                most: config.max_vcpus,
+            },
             devices: placed.into_iter().map(|placed| placed.transport).collect(),
             handles,
-            memory,
-            _vm: created.vm,
+            ram,
+            vm: created.vm,
         })
     }
 
@@ -329,6 +363,46 @@ impl Machine {
         }
     }
 
+    /// Makes vCPUs until there are `count`. They wait until the guest starts them; in a paused VM they are paused.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when there are more already or cannot be as many, [`Error::Kvm`] or [`Error::Host`] when
+    /// there are none to be had; those made until then stay.
+    pub fn set_vcpus(&mut self, count: u8) -> Result<(), Error> {
+        let present = match &self.vcpus {
+            Vcpus::Built(vcpus) => vcpus.len(),
+            Vcpus::Started { handles, .. } => handles.len(),
+        } as u8;
+        if count < present || count > self.late.most {
+            return Err(Error::Invalid(format!(
+                "{count} vCPUs: this VM has {present} and can have {}; a vCPU that was made stays",
+                self.late.most
+            )));
+        }
+        for index in present..count {
+            let fd = kvm::create_late_vcpu(&self.vm, &self.late.template, index)?;
+            let vcpu = Vcpu::new(index, fd, self.late.surroundings.clone());
+            match &mut self.vcpus {
+                Vcpus::Built(vcpus) => vcpus.push(vcpu),
+                Vcpus::Started { handles, paused } => {
+                    let handle = vcpu.start().map_err(host("cannot start a vCPU thread"))?;
+                    // It executes nothing before one that is paused too has started it.
+                    if *paused {
+                        handle.pause();
+                    }
+                    handles.push(handle);
+                }
+            }
+        }
+        match &self.vcpus {
+            Vcpus::Started {
+                handles,
+                paused: true,
+            } => wait_all(handles, State::Paused),
+            _ => Ok(()),
+        }
+    }
+
     /// What the devices are driven by.
     #[must_use]
     pub fn handles(&self) -> &Handles {
@@ -341,10 +415,10 @@ impl Machine {
         &self.devices
     }
 
-    /// The guest's memory.
+    /// The guest's memory, apart from what can be plugged.
     #[must_use]
-    pub fn memory(&self) -> &GuestMemory {
-        &self.memory
+    pub fn ram(&self) -> &GuestMemory {
+        &self.ram
     }
 
     /// vCPU exits to user space since boot.
@@ -370,7 +444,11 @@ fn wait_all(handles: &[Handle], state: State) -> Result<(), Error> {
 }
 
 /// Gives each device registers, an address and an interrupt.
-fn place(named: Vec<Named>, memory: &GuestMemory) -> Result<Vec<Placed>, Error> {
+fn place(
+    named: Vec<Named>,
+    memory: &GuestMemory,
+    pluggable: Option<&Arc<Pluggable>>,
+) -> Result<Vec<Placed>, Error> {
     // Interrupt 0 is not one that Linux gives to a device.
     let most = usize::from(MAX_PINS - 1);
     if named.len() > most {
@@ -386,7 +464,13 @@ fn place(named: Vec<Named>, memory: &GuestMemory) -> Result<Vec<Placed>, Error> 
         .map(|(index, Named { name, device })| {
             let line = EventFd::new(EFD_NONBLOCK)?;
             let interrupt = Interrupt::new(line.try_clone()?);
-            let transport = Arc::new(Mmio::new(name, device, memory.clone(), interrupt)?);
+            let transport = Arc::new(Mmio::new(
+                name,
+                device,
+                memory.clone(),
+                pluggable.cloned(),
+                interrupt,
+            )?);
             let address = layout::VIRTIO_MMIO_BASE + index as u64 * layout::VIRTIO_MMIO_SIZE;
             Ok(Placed {
                 transport,

@@ -40,6 +40,12 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The size asked for is not one that pluggable memory can have.
+    #[error(
+        "pluggable memory of {0} MiB: it must be a multiple of 128 MiB and at most {most} MiB",
+        most = crate::pluggable::MOST_MIB
+    )]
+    Pluggable(u32),
     /// The regions contradict each other.
     #[error("the guest's memory regions are inconsistent")]
     Regions(#[source] vm_memory::GuestRegionCollectionError),
@@ -72,17 +78,21 @@ pub fn allocate(mib: u32) -> Result<GuestMemory, Error> {
     }
     let size = u64::from(mib) << 20;
     let low = size.min(layout::MMIO_GAP_START);
-    let mut regions = vec![region(0, low, mib)?];
+    let usable = ProtFlags::READ | ProtFlags::WRITE;
+    let mut regions = vec![region(0, low, usable, mib)?];
     if size > low {
-        regions.push(region(layout::MMIO_GAP_END, size - low, mib)?);
+        regions.push(region(layout::MMIO_GAP_END, size - low, usable, mib)?);
     }
     GuestMemory::from_regions(regions).map_err(Error::Regions)
 }
 
-fn region(guest: u64, len: u64, mib: u32) -> Result<GuestRegionMmap<()>, Error> {
+/// Maps `len` bytes for the guest-physical address `guest`; `mib` is for the error.
+///
+/// # Errors
+/// [`Error::Map`].
+pub(crate) fn region(guest: u64, len: u64, prot: ProtFlags, mib: u32) -> Result<GuestRegionMmap<()>, Error> {
     let map = |source: io::Error| Error::Map { mib, source };
     let len = usize::try_from(len).map_err(|_| map(io::ErrorKind::OutOfMemory.into()))?;
-    let prot = ProtFlags::READ | ProtFlags::WRITE;
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: a new mapping at an address of the kernel's choosing aliases nothing.
     let reserved = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len + HUGE_PAGE, prot, flags) }
@@ -102,23 +112,26 @@ fn region(guest: u64, len: u64, mib: u32) -> Result<GuestRegionMmap<()>, Error> 
         let _ = rustix::mm::madvise(start.cast(), len, Advice::LinuxHugepage);
         let _ = rustix::mm::madvise(start.cast(), len, Advice::LinuxDontDump);
     }
-    // SAFETY: [start, start + len) is mapped readable and writable and stays so until the process ends.
+    // SAFETY: [start, start + len) is mapped, at least readable, and stays so until the process ends. Who makes a
+    // region that cannot be written keeps everybody from writing to it.
     let mapping = unsafe { MmapRegion::build_raw(start, len, prot.bits() as i32, flags.bits() as i32) }
         .map_err(|error| map(io::Error::other(error)))?;
     GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or_else(|| map(io::ErrorKind::OutOfMemory.into()))
 }
 
+/// Where a region lies.
+pub(crate) fn range(region: &GuestRegionMmap<()>) -> Range {
+    Range {
+        guest: region.start_addr().raw_value(),
+        host: region.as_ptr() as u64,
+        len: region.len(),
+    }
+}
+
 /// The contiguous ranges, for KVM's memory slots.
 #[must_use]
 pub fn ranges(memory: &GuestMemory) -> Vec<Range> {
-    memory
-        .iter()
-        .map(|region| Range {
-            guest: region.start_addr().raw_value(),
-            host: region.as_ptr() as u64,
-            len: region.len(),
-        })
-        .collect()
+    memory.iter().map(range).collect()
 }
 
 /// Bytes of guest memory configured.
@@ -127,15 +140,15 @@ pub fn size(memory: &GuestMemory) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()
 }
 
-/// Bytes of guest memory that are resident on the host, from mincore(2).
+/// Bytes of these ranges of guest memory that are resident on the host, from mincore(2).
 ///
 /// # Errors
 /// [`Error::Resident`] with mincore's reason.
-pub fn resident_bytes(memory: &GuestMemory) -> Result<u64, Error> {
+pub fn resident_bytes(ranges: &[Range]) -> Result<u64, Error> {
     const CHUNK: usize = 64 * 1024;
     let mut present = vec![0_u8; CHUNK];
     let mut pages = 0_u64;
-    for range in ranges(memory) {
+    for range in ranges {
         let mut offset = 0;
         while offset < range.len {
             let len = (range.len - offset).min((CHUNK * PAGE) as u64) as usize;
@@ -172,9 +185,9 @@ mod tests {
         assert_eq!(all.len(), 1);
         assert_eq!(all[0].host % HUGE_PAGE as u64, 0);
         assert_eq!(size(&memory), 64 << 20);
-        assert_eq!(resident_bytes(&memory).unwrap(), 0);
+        assert_eq!(resident_bytes(&all).unwrap(), 0);
         memory.write_obj(1_u8, GuestAddress(33 << 20)).unwrap();
-        let resident = resident_bytes(&memory).unwrap();
+        let resident = resident_bytes(&all).unwrap();
         assert!((4096..=HUGE_PAGE as u64).contains(&resident), "{resident}");
     }
 

@@ -250,6 +250,86 @@ fn all_vcpus_pause_including_those_that_were_never_started() {
 }
 
 #[test]
+fn vcpus_come_late_and_pause_with_the_others() {
+    let Some(mut vmm) = configured(&kernel(SPIN), VmConfig { vcpus: 2, ..config() }) else {
+        return;
+    };
+    let set = |count| RequestBody::SetVcpus { count };
+    vmm.done(set(3));
+    vmm.done(RequestBody::Boot);
+    vmm.done(set(3));
+    let (kind, message) = vmm.refused(set(2));
+    assert_eq!(kind, FailureKind::Invalid);
+    assert!(message.contains("has 3 and can have 4"), "{message}");
+    assert_eq!(vmm.refused(set(5)).0, FailureKind::Invalid);
+    vmm.done(RequestBody::Pause);
+    vmm.done(set(4));
+    vmm.done(RequestBody::Resume);
+    vmm.done(RequestBody::Pause);
+    vmm.done(RequestBody::Resume);
+    vmm.done(RequestBody::Shutdown);
+    assert_eq!(vmm.end(), ExitCause::Requested);
+}
+
+#[test]
+fn a_late_vcpu_starts_where_the_guest_says() {
+    // 0x8000, real mode: `mov byte [0x9000], 1; hlt; jmp -3`; started by INIT and SIPI with vector 8 to APIC 1.
+    const LATE: &[u8] = &[0xc6, 0x06, 0x00, 0x90, 0x01, 0xf4, 0xeb, 0xfd];
+    let store = |address: u32, word: u32| {
+        let mut code = vec![0xc7, 0x05];
+        code.extend(address.to_le_bytes());
+        code.extend(word.to_le_bytes());
+        code
+    };
+    let (low, high) = LATE.split_at(4);
+    let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
+    let mut code = [store(0x8000, word(low)), store(0x8004, word(high))].concat();
+    // Enables its own local APIC (spurious vector register), then sends again and again until it is heard.
+    code.extend(store(0xfee0_00f0, 0x1ff));
+    let start = code.len();
+    for command in [0x4500, 0x4608] {
+        code.extend(store(0xfee0_0310, 1 << 24));
+        code.extend(store(0xfee0_0300, command));
+    }
+    // `mov ecx, 0x10000; dec ecx; jnz -3; cmp byte [0x9000], 1; jne start`
+    code.extend([0xb9, 0, 0, 1, 0, 0x49, 0x75, 0xfd]);
+    code.extend([0x80, 0x3d, 0x00, 0x90, 0x00, 0x00, 0x01, 0x75]);
+    code.push((start as i64 - code.len() as i64 - 1) as u8);
+    code.extend(RESET);
+    let Some(mut vmm) = configured(&kernel(&code), config()) else {
+        return;
+    };
+    vmm.done(RequestBody::Boot);
+    vmm.done(RequestBody::SetVcpus { count: 2 });
+    assert_eq!(vmm.end(), ExitCause::GuestShutdown);
+}
+
+#[test]
+fn memory_is_asked_for_within_its_region() {
+    let description = VmConfig {
+        pluggable_memory_mib: 256,
+        ..config()
+    };
+    let Some(mut vmm) = configured(&kernel(SPIN), description) else {
+        return;
+    };
+    let set = |mib| RequestBody::SetPluggedMemory { mib };
+    vmm.done(RequestBody::Boot);
+    vmm.done(set(128));
+    let (kind, message) = vmm.refused(set(258));
+    assert_eq!(kind, FailureKind::Invalid);
+    assert!(message.contains("at most 256 MiB"), "{message}");
+    assert_eq!(vmm.refused(set(3)).0, FailureKind::Invalid);
+    vmm.done(set(0));
+    // This guest plugs nothing: that is what it was asked for last.
+    let FromVmm::Event(Event::PluggedMemory { bytes: 0 }) = vmm.receive() else {
+        panic!("no event")
+    };
+    vmm.done(RequestBody::Shutdown);
+    assert_eq!(vmm.end(), ExitCause::Requested);
+}
+
+#[test]
 fn the_vm_ends_when_its_sandbox_does() {
     let Some(mut vmm) = configured(&kernel(SPIN), config()) else {
         return;
@@ -358,6 +438,21 @@ fn descriptions_that_cannot_be_built_are_refused_with_their_kind() {
         &good,
         FailureKind::Invalid,
         "vCPUs",
+    );
+    bad(
+        VmConfig { vcpus: 5, ..config() },
+        &good,
+        FailureKind::Invalid,
+        "5 vCPUs of at most 4",
+    );
+    bad(
+        VmConfig {
+            pluggable_memory_mib: 100,
+            ..config()
+        },
+        &good,
+        FailureKind::Invalid,
+        "100 MiB",
     );
     bad(
         VmConfig {
@@ -602,6 +697,10 @@ fn devices_that_were_not_asked_for_cannot_be_driven() {
     assert_eq!(
         vmm.refused(RequestBody::SetBalloon { target_mib: 16 }),
         (FailureKind::Invalid, "this VM has no balloon".to_owned())
+    );
+    assert_eq!(
+        vmm.refused(RequestBody::SetPluggedMemory { mib: 0 }),
+        (FailureKind::Invalid, "this VM has no pluggable memory".to_owned())
     );
     assert_eq!(
         vmm.refused(RequestBody::DetachBlock { slot: 0 }).0,

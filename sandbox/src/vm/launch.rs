@@ -232,6 +232,7 @@ async fn listen(control: &Seqpacket, pending: &Mutex<Pending>) -> Option<(ExitCa
                 }
             }
             Ok(FromVmm::Event(Event::Exited { cause, console })) => exited = Some((cause, console)),
+            Ok(FromVmm::Event(Event::PluggedMemory { .. })) => {}
             Err(error) => tracing::warn!(%error, "the VMM sent a message that is not understood"),
         }
     }

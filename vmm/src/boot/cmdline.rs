@@ -36,6 +36,24 @@ const QUIET: &str = "quiet loglevel=1";
 /// `earlyprintk` writes to the transmit-only port of [`ports`](crate::ports) until the virtio console is up.
 const VERBOSE: &str = "earlyprintk=serial,0x3f8 loglevel=8 ignore_loglevel";
 
+/// With pluggable memory: nothing in the guest would put it to use otherwise. While there is not more than three times
+/// as much of it as boot memory it is kept free of what cannot be moved, so that it can be unplugged again; beyond
+/// that the kernel could run out of room for itself (Documentation/admin-guide/mm/memory-hotplug.rst).
+const PLUGGABLE: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable";
+
+/// What differs from machine to machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Shape<'a> {
+    /// Show the whole boot.
+    pub verbose: bool,
+    /// How many of the processors of the MP table are started at boot, when not all are.
+    pub start_vcpus: Option<u8>,
+    /// Whether memory can be plugged.
+    pub pluggable: bool,
+    /// The virtio-mmio devices.
+    pub devices: &'a [MmioSlot],
+}
+
 /// A virtio-mmio device to announce.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MmioSlot {
@@ -49,13 +67,19 @@ pub struct MmioSlot {
 ///
 /// # Errors
 /// [`Error`] when it is too long or `extra` has control characters.
-pub fn compose(verbose: bool, devices: &[MmioSlot], extra: &str) -> Result<String, Error> {
+pub fn compose(shape: Shape<'_>, extra: &str) -> Result<String, Error> {
     if let Some(bad) = extra.chars().find(|c| !(' '..='~').contains(c)) {
         return Err(Error::Character(bad));
     }
-    let mut line = format!("{MACHINE} {}", if verbose { VERBOSE } else { QUIET });
-    for device in devices {
-        // Writing to a String cannot fail.
+    let mut line = format!("{MACHINE} {}", if shape.verbose { VERBOSE } else { QUIET });
+    // Writing to a String cannot fail.
+    if let Some(count) = shape.start_vcpus {
+        let _ = write!(line, " maxcpus={count}");
+    }
+    if shape.pluggable {
+        let _ = write!(line, " {PLUGGABLE}");
+    }
+    for device in shape.devices {
         let _ = write!(
             line,
             " virtio_mmio.device={:#x}@{:#x}:{}",
@@ -103,7 +127,11 @@ mod tests {
                 gsi: 2,
             },
         ];
-        let line = compose(false, &devices, " root=/dev/vda ro ").unwrap();
+        let shape = Shape {
+            devices: &devices,
+            ..Shape::default()
+        };
+        let line = compose(shape, " root=/dev/vda ro ").unwrap();
         assert!(line.starts_with("reboot=k,panic_warm panic=-1 "), "{line}");
         assert!(
             line.ends_with(
@@ -114,12 +142,30 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_that_can_grow_says_so() {
+        assert!(!compose(Shape::default(), "").unwrap().contains("maxcpus"));
+        let shape = Shape {
+            start_vcpus: Some(2),
+            pluggable: true,
+            ..Shape::default()
+        };
+        let line = compose(shape, "").unwrap();
+        assert!(line.contains(" maxcpus=2 memhp_default_state=online "), "{line}");
+    }
+
+    #[test]
     fn lines_that_the_kernel_would_misread_are_refused() {
         assert!(matches!(
-            compose(false, &[], &"x".repeat(3000)),
+            compose(Shape::default(), &"x".repeat(3000)),
             Err(Error::TooLong(_))
         ));
-        assert!(matches!(compose(false, &[], "a\nb"), Err(Error::Character('\n'))));
-        assert!(matches!(compose(false, &[], "a\0b"), Err(Error::Character('\0'))));
+        assert!(matches!(
+            compose(Shape::default(), "a\nb"),
+            Err(Error::Character('\n'))
+        ));
+        assert!(matches!(
+            compose(Shape::default(), "a\0b"),
+            Err(Error::Character('\0'))
+        ));
     }
 }

@@ -54,8 +54,8 @@ pub struct Boot<'a> {
     pub initrd: Option<File>,
     /// The whole command line.
     pub command_line: &'a str,
-    /// Number of vCPUs.
-    pub vcpus: u8,
+    /// Number of vCPUs that there can be.
+    pub max_vcpus: u8,
     /// Number of the IOAPIC's pins.
     pub pins: u8,
 }
@@ -91,7 +91,7 @@ impl Boot<'_> {
             Some(initrd) => Some(kernel::load_initrd(memory, initrd, loaded.end)?),
         };
         cmdline::write(memory, self.command_line)?;
-        mptable::write(memory, self.vcpus, self.pins)?;
+        mptable::write(memory, self.max_vcpus, self.pins)?;
         write_start_info(memory, modules)?;
         memory
             .write_obj(layout::NO_BOOT, GuestAddress(layout::WARM_BOOT_FLAG))

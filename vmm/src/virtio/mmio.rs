@@ -6,7 +6,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory as _};
@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{Activation, ActiveQueue, Device, Interrupt};
 use crate::bus::MmioDevice;
 use crate::memory::GuestMemory;
+use crate::pluggable::Pluggable;
 
 /// Registers (section 4.2.2). Those with `_LOW` have their upper half four bytes further.
 pub mod register {
@@ -109,6 +110,7 @@ pub struct Mmio {
 struct Inner {
     device: Box<dyn Device>,
     memory: GuestMemory,
+    pluggable: Option<Arc<Pluggable>>,
     status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
@@ -138,6 +140,7 @@ impl Mmio {
         name: String,
         device: Box<dyn Device>,
         memory: GuestMemory,
+        pluggable: Option<Arc<Pluggable>>,
         interrupt: Interrupt,
     ) -> io::Result<Self> {
         let notify = device
@@ -148,6 +151,7 @@ impl Mmio {
         let mut inner = Inner {
             device,
             memory,
+            pluggable,
             status: 0,
             device_features_sel: 0,
             driver_features_sel: 0,
@@ -384,7 +388,7 @@ impl Inner {
         match offset {
             register::QUEUE_SIZE => queue.size = value,
             register::QUEUE_READY if value == 1 => {
-                if queue.checked(&self.memory).is_none() {
+                if queue.checked(&self.memory, self.pluggable.as_deref()).is_none() {
                     return false;
                 }
                 queue.ready = true;
@@ -412,7 +416,7 @@ impl Inner {
             .iter()
             .zip(notify)
             .map(|(setup, event)| {
-                let mut queue = setup.checked(&self.memory)?;
+                let mut queue = setup.checked(&self.memory, self.pluggable.as_deref())?;
                 queue.set_event_idx(self.driver_features & EVENT_IDX != 0);
                 Some(ActiveQueue {
                     queue,
@@ -423,6 +427,7 @@ impl Inner {
         let Some(queues) = queues else { return false };
         let activation = Activation {
             memory: self.memory.clone(),
+            pluggable: self.pluggable.clone(),
             features: self.driver_features,
             queues,
             interrupt: interrupt.clone(),
@@ -437,7 +442,7 @@ const EVENT_IDX: u64 = 1 << 29;
 
 impl QueueSetup {
     /// The queue, if size, alignment (section 2.7) and addresses are such that the device may use it.
-    fn checked(&self, memory: &GuestMemory) -> Option<Queue> {
+    fn checked(&self, memory: &GuestMemory, pluggable: Option<&Pluggable>) -> Option<Queue> {
         let size = u16::try_from(self.size).ok()?;
         let bytes = u64::from(size);
         // Descriptors of 16 bytes; flags, index, 2-byte entries and event; flags, index, 8-byte entries and event.
@@ -447,7 +452,9 @@ impl QueueSetup {
             (self.device, 6 + 8 * bytes),
         ];
         let outside = |&(start, len): &(u64, u64)| {
-            start.checked_add(len).is_none() || !memory.check_range(GuestAddress(start), len as usize)
+            start.checked_add(len).is_none()
+                || !memory.check_range(GuestAddress(start), len as usize)
+                || pluggable.is_some_and(|pluggable| !pluggable.allows(start, len))
         };
         if areas.iter().any(outside) {
             return None;

@@ -74,6 +74,7 @@ impl Driver {
             "probe".to_owned(),
             Box::new(Probe(seen.clone())),
             memory,
+            None,
             interrupt,
         )
         .unwrap();

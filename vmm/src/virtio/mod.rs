@@ -10,6 +10,7 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod fs;
+pub mod memory;
 pub mod net;
 pub mod queue;
 pub mod rng;
@@ -25,6 +26,7 @@ use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
+use crate::pluggable::Pluggable;
 
 /// Device types by number (specification section 5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +44,8 @@ pub enum DeviceType {
     Balloon = 5,
     /// Section 5.10.
     Vsock = 19,
+    /// Section 5.15.
+    Memory = 24,
     /// Section 5.11.
     FileSystem = 26,
 }
@@ -93,6 +97,8 @@ fn copy_config(space: &[u8], offset: u64, data: &mut [u8]) {
 pub struct Activation {
     /// The guest's memory.
     pub memory: GuestMemory,
+    /// The part of it that may not be there, if there is one.
+    pub pluggable: Option<Arc<Pluggable>>,
     /// The feature bits that both sides agreed on.
     pub features: u64,
     /// The queues in order, each with the event that the driver's notification signals.
@@ -120,6 +126,9 @@ pub enum ActivateError {
         /// How many were set up.
         found: usize,
     },
+    /// The driver does without a feature that the device needs.
+    #[error("the driver does not accept {0}, which the device needs")]
+    Feature(&'static str),
     /// The host refused a thread, a descriptor or an io_uring.
     #[error("the host cannot start the device: {0}")]
     Host(#[from] std::io::Error),

@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{ActivateError, Activation, ActiveQueue, Interrupt};
 use crate::memory::GuestMemory;
+use crate::pluggable::Pluggable;
 
 /// The most buffers in one chain: what one readv(2) takes (`IOV_MAX`).
 pub const MAX_SEGMENTS: usize = 1024;
@@ -51,7 +52,7 @@ pub enum QueueError {
         /// Index of the chain's first descriptor.
         head: u16,
     },
-    /// A buffer lies outside guest memory.
+    /// A buffer lies outside guest memory, or in memory that is not plugged.
     #[error("chain {head} has a buffer of {length} bytes at {address:#x}, outside of memory")]
     OutOfMemory {
         /// Index of the chain's first descriptor.
@@ -247,6 +248,7 @@ impl Chain {
     fn fill(
         &mut self,
         memory: &GuestMemory,
+        pluggable: Option<&Pluggable>,
         mut descriptors: virtio_queue::DescriptorChain<&GuestMemory>,
     ) -> Result<(), QueueError> {
         let head = descriptors.head_index();
@@ -272,9 +274,12 @@ impl Chain {
             if segment.length == 0 {
                 continue;
             }
+            let absent =
+                |pluggable: &Pluggable| !pluggable.allows(segment.address.0, u64::from(segment.length));
             if memory
                 .get_slice(segment.address, segment.length as usize)
                 .is_err()
+                || pluggable.is_some_and(absent)
             {
                 let (address, length) = (segment.address.0, segment.length);
                 return Err(QueueError::OutOfMemory {
@@ -380,6 +385,7 @@ pub struct DeviceQueue {
     queue: Queue,
     notify: EventFd,
     memory: GuestMemory,
+    pluggable: Option<std::sync::Arc<Pluggable>>,
     interrupt: Interrupt,
     violations: std::sync::Arc<Violations>,
     stopped: bool,
@@ -422,6 +428,7 @@ impl DeviceQueue {
                     queue,
                     notify,
                     memory: activation.memory.clone(),
+                    pluggable: activation.pluggable.clone(),
                     interrupt: activation.interrupt.clone(),
                     violations: violations.clone(),
                     stopped: false,
@@ -464,7 +471,8 @@ impl DeviceQueue {
             Ok(mut available) => available.next(),
             Err(error) => return self.stop(&QueueError::Available(error)),
         };
-        match next.map(|descriptors| chain.fill(&self.memory, descriptors)) {
+        let filled = next.map(|descriptors| chain.fill(&self.memory, self.pluggable.as_deref(), descriptors));
+        match filled {
             None => false,
             Some(Ok(())) => true,
             Some(Err(error)) => self.stop(&error),
@@ -724,6 +732,26 @@ mod tests {
         assert!(queue.rearm());
         assert!(queue.pop(&mut chain));
         assert!(!queue.rearm());
+    }
+
+    #[test]
+    fn a_buffer_in_memory_that_is_not_plugged_stops_the_queue() {
+        let mut driver = Driver::new(&[16]);
+        let (memory, pluggable) = crate::pluggable::reserve(&driver.memory, 128).unwrap();
+        let buffer = Descriptor {
+            address: pluggable.range().guest,
+            length: 4096,
+            flags: WRITE,
+            next: 0,
+        };
+        driver.memory = memory;
+        driver.pluggable = Some(pluggable.clone());
+        driver.write_descriptors(0, &[buffer]);
+        driver.offer(0, 0);
+        let mut closed = queue(&mut driver);
+        assert!(!closed.pop(&mut Chain::default()) && closed.is_stopped());
+        pluggable.open(0).unwrap();
+        assert!(queue(&mut driver).pop(&mut Chain::default()));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A virtio driver for tests: guest memory, split rings, and buffers, as a guest's kernel would have them.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Activation, ActiveQueue, Device, Interrupt};
 use crate::memory::GuestMemory;
+use crate::pluggable::Pluggable;
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -57,6 +59,8 @@ pub struct Driver {
     pub memory: GuestMemory,
     pub line: EventFd,
     pub interrupt: Interrupt,
+    /// What devices are told of memory that may not be there.
+    pub pluggable: Option<Arc<Pluggable>>,
     rings: Vec<Ring>,
 }
 
@@ -89,6 +93,7 @@ impl Driver {
             memory,
             line,
             interrupt,
+            pluggable: None,
             rings,
         }
     }
@@ -118,6 +123,7 @@ impl Driver {
         let queues = self.rings.iter().map(queue).collect();
         Activation {
             memory: self.memory.clone(),
+            pluggable: self.pluggable.clone(),
             features,
             queues,
             interrupt: self.interrupt.clone(),
