@@ -7,8 +7,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use oci_spec::runtime::Spec;
 use serde::{Deserialize, Deserializer, de};
 
+use crate::annotations::{AnnotationError, EnabledAnnotations};
 use crate::error::{ErrorKind, kind_of_io};
 
 /// Where the configuration is looked for when nobody names one. It may be absent.
@@ -69,6 +71,7 @@ pub struct Config {
     debug_console: bool,
     task_api: TaskApi,
     host_network: HostNetwork,
+    enable_annotations: EnabledAnnotations,
 }
 
 impl Default for Config {
@@ -140,6 +143,7 @@ impl Config {
             debug_console: false,
             task_api: TaskApi::Auto,
             host_network: HostNetwork::Refuse,
+            enable_annotations: EnabledAnnotations::default(),
         }
     }
 
@@ -246,6 +250,33 @@ impl Config {
     #[must_use]
     pub fn debug_console(&self) -> bool {
         self.debug_console
+    }
+
+    /// The annotations that pods may have.
+    #[must_use]
+    pub fn enable_annotations(&self) -> &EnabledAnnotations {
+        &self.enable_annotations
+    }
+
+    /// The configuration for the pod whose first container has this specification: with what its annotations ask for.
+    ///
+    /// # Errors
+    /// [`AnnotationError`] for annotations that are not allowed.
+    pub fn for_pod(mut self, spec: &Spec) -> Result<Self, AnnotationError> {
+        let wishes = self.enable_annotations.read(spec)?;
+        if let Some(vcpus) = wishes.default_vcpus.and_then(|vcpus| vcpus.try_into().ok()) {
+            self.default_vcpus = vcpus;
+        }
+        if let Some(memory) = wishes.default_memory_mib {
+            self.default_memory_mib = memory;
+        }
+        if let Some(overhead) = wishes.memory_overhead_mib {
+            self.memory_overhead_mib = overhead;
+        }
+        if let Some(params) = wishes.kernel_params {
+            self.kernel_params = format!("{} {params}", self.kernel_params).trim().to_owned();
+        }
+        Ok(self)
     }
 
     /// What becomes of a pod that asks for the host's network.

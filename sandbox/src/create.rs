@@ -66,6 +66,8 @@ pub(crate) async fn create(pod: Arc<Pod>, request: ContainerRequest) -> Result<u
         ..Default::default()
     };
     namespaces::check(&spec, &pod.config)?;
+    // Those of the pod are in its configuration already; the others must be none.
+    pod.config.enable_annotations().read(&spec)?;
     let hooks = Hooks::of(&spec, &id, &bundle)?;
     let mut container = Container::making(bundle.clone(), rootfs.clone(), stdio.uris(), timeline);
     container.hooks = hooks.clone();

@@ -83,6 +83,9 @@ pub enum Error {
         /// The container.
         container: String,
     },
+    /// The container has annotations that are not allowed.
+    #[error(transparent)]
+    Annotation(#[from] crate::annotations::AnnotationError),
     /// The container asks for namespaces it cannot have.
     #[error(transparent)]
     Namespace(#[from] crate::namespaces::NamespaceError),
@@ -184,6 +187,7 @@ impl Error {
             Self::State { .. } | Self::Busy { .. } => ErrorKind::FailedPrecondition,
             Self::Invalid(_) | Self::Spec { .. } => ErrorKind::InvalidArgument,
             Self::Unsupported(_) | Self::OnlySandbox { .. } => ErrorKind::Unimplemented,
+            Self::Annotation(error) => error.kind(),
             Self::Namespace(error) => error.kind(),
             Self::Start(cause) => cause.kind(),
             Self::Gone(_) => ErrorKind::Unavailable,

@@ -6,7 +6,7 @@
 //! the VMM.
 
 mod agent;
-mod annotations;
+pub mod annotations;
 mod api;
 mod boot_files;
 pub mod cgroup;

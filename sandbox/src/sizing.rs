@@ -7,6 +7,7 @@ use std::collections::HashMap;
 
 use oci_spec::runtime::{LinuxResources, Spec};
 
+use crate::annotations::Role;
 use crate::config::{Config, MOST_VCPUS};
 use crate::error::ErrorKind;
 
@@ -55,8 +56,8 @@ impl SizingError {
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
-/// CRI's mark on everything that belongs to a pod.
-const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// CRI-O's: CRI's LinuxContainerResources with the same sums, as JSON (CRI-O, `pkg/annotations`).
+const CRIO_RESOURCES: &str = "io.kubernetes.cri-o.PodLinuxResources";
 
 /// The kernel's cpu.max period when none is given, in µs (Documentation/admin-guide/cgroup-v2.rst).
 const DEFAULT_PERIOD: u64 = 100_000;
@@ -108,7 +109,9 @@ impl Sizing {
 
     fn on_host(spec: &Spec, config: &Config, host: Host) -> Result<Self, SizingError> {
         let limits = match spec.annotations() {
-            Some(annotations) if annotations.contains_key(CONTAINER_TYPE) => Limits::of_pod(annotations)?,
+            Some(annotations) if Role::from_annotations(annotations) != Role::Alone => {
+                Limits::of_pod(annotations)?
+            }
             _ => match spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
                 Some(resources) => Limits::of_container(resources)?,
                 None => Limits::default(),
@@ -123,6 +126,9 @@ impl Sizing {
 
 impl Limits {
     fn of_pod(annotations: &HashMap<String, String>) -> Result<Self, SizingError> {
+        if let Some(text) = annotations.get(CRIO_RESOURCES) {
+            return Self::of_crio(text);
+        }
         let number = |key: &'static str| match annotations.get(key).map(|value| value.trim()) {
             None | Some("") => Ok(None),
             Some(value) => value
@@ -137,6 +143,27 @@ impl Limits {
         Ok(Self {
             cpus: whole_cpus(number(CPU_QUOTA)?, period),
             memory_bytes: positive(number(MEMORY)?),
+        })
+    }
+
+    fn of_crio(text: &str) -> Result<Self, SizingError> {
+        #[derive(Default, serde::Deserialize)]
+        #[serde(default)]
+        struct Resources {
+            cpu_period: i64,
+            cpu_quota: i64,
+            memory_limit_in_bytes: i64,
+        }
+        let resources: Option<Resources> = serde_json::from_str(text).map_err(|_| SizingError::Invalid {
+            member: CRIO_RESOURCES,
+            value: text.chars().take(200).collect(),
+            expected: "it must be the JSON of CRI's LinuxContainerResources",
+        })?;
+        let resources = resources.unwrap_or_default();
+        let period = u64::try_from(resources.cpu_period).ok();
+        Ok(Self {
+            cpus: whole_cpus(Some(resources.cpu_quota), period),
+            memory_bytes: positive(Some(resources.memory_limit_in_bytes)),
         })
     }
 
@@ -302,6 +329,33 @@ mod tests {
                 memory_mib: 512
             })
         );
+    }
+
+    #[test]
+    fn crio_says_the_same_in_json() {
+        let sized = |resources: &str| {
+            let spec = serde_json::json!({
+                "ociVersion": "1.2.0",
+                "annotations": {
+                    "io.kubernetes.cri-o.ContainerType": "sandbox",
+                    CRIO_RESOURCES: resources,
+                },
+            });
+            size(&spec.to_string())
+        };
+        assert_eq!(
+            sized(
+                r#"{"cpu_period":100000,"cpu_quota":250000,"cpu_shares":2,"memory_limit_in_bytes":268435456}"#
+            ),
+            Ok(Sizing {
+                vcpus: 3,
+                memory_mib: 324
+            })
+        );
+        for none in ["{}", "null"] {
+            assert_eq!(sized(none).unwrap().memory_mib, 512);
+        }
+        assert!(sized("[").unwrap_err().to_string().contains("PodLinuxResources"));
     }
 
     #[test]

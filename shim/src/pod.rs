@@ -175,7 +175,7 @@ impl Pod {
         }
         let options = wanted.unwrap_or_else(|| self.options.clone());
         let spec: Spec = serde_json::from_slice(spec_json).map_err(PodError::Spec)?;
-        let config = options.load()?;
+        let config = options.load()?.for_pod(&spec).map_err(sandbox::Error::from)?;
         let mut spec = SandboxSpec::from_oci(&self.id, &spec, &config)?;
         spec.namespace.clone_from(&self.namespace);
         let cgroups_path = spec.cgroups_path.clone();

@@ -152,7 +152,6 @@ guest_tests! {
         host.delete("c").await.unwrap();
     }
 
-    #[ignore = "hung once beside other work, 25 runs on a quiet machine did not: to be understood"]
     async fn a_terminal_resizes_and_interrupts(host) {
         host.start_sleeper("c").await;
         let script = "trap 'stty size' WINCH; echo ready; while true; do sleep 0.02; done";
