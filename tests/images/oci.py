@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Pack root directories into a container image.
 
-    oci.py OUT NAME REFERENCE --layer DIR|TAR [--layer ...] --config JSON [--plain] [--docker] [--layout]
+    oci.py OUT NAME REFERENCE --layer DIR|TAR [--layer ...] --config JSON [--plain] [--docker] [--layout] [--serve NAME:TAG ...]
+    oci.py OUT --layer ... --config JSON [--plain] --serve NAME:TAG ...
 
 writes OUT/NAME.oci.tar, an OCI archive (OCI image-spec 1.1, image-layout.md) that `ctr images import`
 takes; with --layout also OUT/NAME/, the same as a directory; with --docker also OUT/NAME.docker.tar, as
-`docker save` writes it. A layer that is a directory is packed sorted, root-owned and with one timestamp;
+`docker save` writes it; with --serve also what the test host's registry gives out under these names, in
+OUT/registry (tests/host/guest/usr/lib/testhost/registry.py). A layer that is a directory is packed sorted, root-owned and with one timestamp;
 a tar file is taken as it is. Layers are gzipped, or with --plain left as they are. The same input gives the same bytes.
 """
 
@@ -59,16 +61,30 @@ def write_archive(path, files):
             archive.addfile(entry, io.BytesIO(data))
 
 
+def serve(registry, reference, manifest, blobs):
+    """Add an image to the directory that the registry serves."""
+    name, _, tag = reference.rpartition(":")
+    write(registry / "tags" / name / tag, manifest.encode())
+    for key, blob in blobs.items():
+        write(registry / "blobs" / key.replace(":", "/"), blob)
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("name")
-    parser.add_argument("reference")
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("reference", nargs="?")
     parser.add_argument("--layer", action="append", type=pathlib.Path, required=True)
     parser.add_argument("--config", type=json.loads, default={})
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--docker", action="store_true")
     parser.add_argument("--layout", action="store_true")
+    parser.add_argument("--serve", action="append", default=[], metavar="NAME:TAG")
     options = parser.parse_args()
 
     layers = [layer_tar(source) for source in options.layer]
@@ -92,6 +108,11 @@ def main():
             "layers": [{"mediaType": kind, "digest": digest(blob), "size": len(blob)} for blob in packed],
         }
     )
+    blobs = {digest(blob): blob for blob in (manifest, config, *packed)}
+    for reference in options.serve:
+        serve(options.out / "registry", reference, digest(manifest), blobs)
+    if not options.name:
+        return
     index = encode(
         {
             "schemaVersion": 2,
@@ -108,14 +129,11 @@ def main():
         }
     )
     files = {"oci-layout": encode({"imageLayoutVersion": "1.0.0"}), "index.json": index}
-    for blob in (manifest, config, *packed):
-        files["blobs/" + digest(blob).replace(":", "/")] = blob
+    files |= {"blobs/" + name.replace(":", "/"): blob for name, blob in blobs.items()}
     write_archive(options.out / f"{options.name}.oci.tar", files)
     if options.layout:
         for name, data in files.items():
-            path = options.out / options.name / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            write(options.out / options.name / name, data)
     if options.docker:
         docker = {f"{digest(config)[7:]}.json": config}
         names = [f"{digest(layer)[7:]}/layer.tar" for layer in layers]

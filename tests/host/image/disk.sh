@@ -1,7 +1,7 @@
 #!/bin/bash
 # Put packages, kernel modules, our own files and the test images onto one ext4 disk, and make the
 # initramfs that mounts it. No loop device and no mount: mke2fs copies a directory.
-# Inputs: ROOTFS (tar), KERNEL (directory), GUEST (our files), LEAKS (script), IMAGES (directory), SIZE, OUT.
+# Inputs: ROOTFS (tar), KERNEL (directory), GUEST (our files), LEAKS (script), IMAGES and TOOLS (directories), SIZE, OUT.
 set -euo pipefail
 
 root=$OUT/root
@@ -13,8 +13,16 @@ version=$(basename "$KERNEL"/modules/*)
 chroot "$root" depmod "$version"
 
 # Our own files, owned by root whoever owns the checkout.
-tar -C "$GUEST" --owner=0 --group=0 --numeric-owner -cf - . | tar -C "$root" -xpf - --no-overwrite-dir --keep-directory-symlink
+for tree in "$GUEST" "$TOOLS"; do
+    tar -C "$tree" --owner=0 --group=0 --numeric-owner -cf - . | tar -C "$root" -xpf - --no-overwrite-dir --keep-directory-symlink
+done
 install -m 755 "$LEAKS" "$root/usr/local/sbin/leaks"
+# containerd reads config.toml; use-containerd makes it lead to the configuration of the version it starts.
+for containerd in 2.1 2.3; do
+    cat "$root/usr/lib/testhost/containerd/"{common,$containerd}.toml > "$root/etc/containerd/config-$containerd.toml"
+done
+sed "/snapshotter.v1.erofs/a default_size = '256MiB'" "$root/etc/containerd/config-2.3.toml" > "$root/etc/containerd/config-2.3-rwlayer.toml"
+ln -sfn config-2.1.toml "$root/etc/containerd/config.toml"
 echo testhost > "$root/etc/hostname"
 printf '127.0.0.1 localhost testhost\n' > "$root/etc/hosts"
 echo 0123456789abcdef0123456789abcdef > "$root/etc/machine-id"
@@ -23,6 +31,7 @@ rm -f "$root/etc/resolv.conf"
 mkdir -p "$root/var/lib/kata-rs-test/images"
 cp -a "$IMAGES"/. "$root/var/lib/kata-rs-test/images/"
 rm -f "$root/var/lib/kata-rs-test/images/"{build-id,log}
+mv "$root/var/lib/kata-rs-test/images/registry" "$root/var/lib/kata-rs-test/registry"
 
 # The blockfile snapshotter copies this file for every snapshot.
 truncate -s 64M "$root/var/lib/containerd-blockfile-scratch"

@@ -6,7 +6,8 @@
     kernel    the host's kernel and modules          (Debian stable)
     rootfs    the host's packages                    (Debian testing: containerd 2, crun, runsc)
     images    the images that tests run              (tests/images)
-    disk      rootfs + modules + tests/host/guest + images, as one ext4 file system
+    tools     containerd 2.3, crictl and critest     (Go modules; `go` is the toolchain where none is installed)
+    disk      rootfs + modules + tests/host/guest + images + tools, as one ext4 file system
     state     booted, images imported, runtimes warmed up, and saved
 """
 
@@ -19,7 +20,7 @@ import subprocess
 import zlib
 from pathlib import Path
 
-from . import cache, debian, machine, qemu
+from . import cache, debian, gotools, machine, qemu
 from .errors import HostError
 
 HERE = Path(__file__).resolve().parent.parent
@@ -89,13 +90,24 @@ def _images() -> Path:
     return cache.ensure("images", cache.key_of(IMAGES, _COMMON), "test images", lambda out: _run(script, out))
 
 
+def _tools() -> Path:
+    script = _SCRIPTS / "go.sh"
+
+    def unpacked_go() -> Path:
+        key = cache.key_of(script, _COMMON, _USERLAND_SUITE)
+        directory = cache.ensure("go", key, f"Go of Debian {_USERLAND_SUITE}", lambda out: _run(script, out, SUITE=_USERLAND_SUITE))
+        return next(directory.glob("root/usr/lib/go-*/bin/go"))
+
+    return cache.ensure("tools", gotools.key(), "containerd 2.3 and the CRI tools", lambda out: gotools.build(out, unpacked_go))
+
+
 def _disk() -> Path:
-    kernel, rootfs, images = _kernel(), _rootfs(), _images()
+    kernel, rootfs, images, tools = _kernel(), _rootfs(), _images(), _tools()
     script, guest, leaks = _SCRIPTS / "disk.sh", HERE / "guest", HERE / "leaks"
-    key = cache.key_of(script, guest, leaks, _DISK_SIZE, *map(cache.build_id, (kernel, rootfs, images)))
+    key = cache.key_of(script, guest, leaks, _DISK_SIZE, *map(cache.build_id, (kernel, rootfs, images, tools)))
 
     def build(out: Path) -> None:
-        inputs = {"ROOTFS": rootfs / "rootfs.tar", "KERNEL": kernel, "GUEST": guest, "LEAKS": leaks, "IMAGES": images, "SIZE": _DISK_SIZE}
+        inputs = {"ROOTFS": rootfs / "rootfs.tar", "KERNEL": kernel, "GUEST": guest, "LEAKS": leaks, "IMAGES": images, "TOOLS": tools / "root", "SIZE": _DISK_SIZE}
         _run(script, out, **{name: str(value) for name, value in inputs.items()})
 
     return cache.ensure("disk", key, "the test host's disk", build)
