@@ -1,5 +1,8 @@
 //! `check`: whether this host can run microVMs, each finding with its cure.
 
+mod containerd;
+mod modules;
+
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
@@ -8,6 +11,8 @@ use sandbox::Config;
 use serde::Serialize;
 
 use crate::error::Error;
+
+use self::modules::Modules;
 
 /// The oldest host kernel whose mount and pidfd system calls are all there (fsopen, clone3, openat2, mount_setattr).
 const OLDEST_KERNEL: (u32, u32) = (5, 12);
@@ -50,8 +55,21 @@ pub fn check(json: bool) -> Result<u8, Error> {
         cgroup(),
         memory(),
         descriptors(),
+        tap(),
     ];
-    findings.extend(files());
+    findings.extend(kernel_parts(&Modules::of_this_host()));
+    match Config::load(None) {
+        Ok(config) => {
+            findings.extend(files(&config));
+            findings.extend(containerd::findings(config.task_api()));
+        }
+        Err(error) => findings.push(finding(
+            "configuration",
+            Verdict::Bad,
+            error.to_string(),
+            "correct the file named",
+        )),
+    }
     let report = Report {
         fit: findings.iter().all(|finding| finding.verdict != Verdict::Bad),
         findings,
@@ -248,18 +266,56 @@ fn descriptors() -> Finding {
     )
 }
 
-fn files() -> Vec<Finding> {
-    let config = match Config::load(None) {
-        Ok(config) => config,
-        Err(error) => {
-            return vec![finding(
-                "configuration",
-                Verdict::Bad,
-                error.to_string(),
-                "correct the file named",
-            )];
+fn tap() -> Finding {
+    let path = Path::new("/dev/net/tun");
+    match File::options().read(true).write(true).open(path) {
+        Ok(_) => finding("network", Verdict::Good, path.display().to_string(), ""),
+        Err(error) => finding(
+            "network",
+            Verdict::Warning,
+            format!("{}: {error}", path.display()),
+            "containers get no network; modprobe tun",
+        ),
+    }
+}
+
+/// What of the kernel only some containers need, and who.
+fn kernel_parts(modules: &Modules) -> Vec<Finding> {
+    let part = |subject, names: &[&str], found: &str, need: &str| {
+        let missing = modules.missing(names);
+        if missing.is_empty() {
+            return finding(subject, Verdict::Good, found, "");
         }
+        finding(
+            subject,
+            Verdict::Warning,
+            format!("the kernel has no {}", missing.join(", ")),
+            &format!("{need}: install the kernel's full set of modules"),
+        )
     };
+    vec![
+        part(
+            "redirection",
+            &["sch_ingress", "cls_u32", "act_mirred"],
+            "traffic control can redirect packets",
+            "containers get no network",
+        ),
+        part(
+            "port forwarding",
+            &["nf_tables", "nft_chain_nat", "nft_redir"],
+            "nftables can redirect connections",
+            "kubectl port-forward does not work",
+        ),
+        part(
+            "erofs",
+            &["erofs"],
+            "the kernel has it",
+            "containerd's erofs snapshotter does not work",
+        ),
+    ]
+}
+
+fn files(config: &Config) -> Vec<Finding> {
     let file = |subject, path: &Path, cure: &str| match File::open(path) {
         Ok(_) => finding(subject, Verdict::Good, path.display().to_string(), ""),
         Err(error) => finding(
@@ -288,6 +344,18 @@ fn files() -> Vec<Finding> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_that_the_kernel_lacks_is_named_with_what_needs_it() {
+        for finding in kernel_parts(&Modules::of_this_host()) {
+            assert_ne!(finding.verdict, Verdict::Bad, "{finding:?}");
+            assert_eq!(
+                finding.verdict == Verdict::Good,
+                finding.cure.is_none(),
+                "{finding:?}"
+            );
+        }
+    }
 
     #[test]
     fn kernel_releases_are_compared_by_number() {
