@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Measures kata-rs beside runc and runsc on the machine it runs on, and prints JSON.
 
-    measure.py [ROUNDS]
+    measure.py [ROUNDS] [--only PART]
 
 Every round runs each case once with each runtime, so that whatever else the machine does hits all alike. Times are
 wall seconds taken here, around the command that a user would type.
 """
 
+import argparse
 import json
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -16,28 +18,10 @@ import subprocess
 import sys
 import time
 
-IMAGE = "localhost/busybox:1"
-RUNTIMES = {
-    "kata-rs": ["--runtime", "io.containerd.kata-rs.v2"],
-    "runc": [],
-    "runsc": ["--runc-binary", "/usr/local/bin/runsc-systrap"],
-}
-ARCHIVE = "/var/lib/kata-rs-test/images/busybox.oci.tar"
-
-
-def ctr(*words, **keywords):
-    """Runs ctr; a failure stops the benchmark with ctr's own words."""
-    done = subprocess.run(["ctr", *words], capture_output=True, text=True, **keywords)
-    if done.returncode != 0:
-        sys.exit(f"ctr {' '.join(words)}: status {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def timed(function):
-    """Seconds that a call takes."""
-    start = time.monotonic()
-    function()
-    return time.monotonic() - start
+import disk
+import network
+import pods
+from common import ARCHIVE, IMAGE, WORK, Failure, command, ctr, note, remove, runtimes, timed
 
 
 def run_true(flags, name):
@@ -55,7 +39,7 @@ def first_output(flags, name):
     seconds = time.monotonic() - start
     _, errors = process.communicate()
     if not byte or process.returncode != 0:
-        sys.exit(f"ctr run echo with {flags}: {errors.decode().strip()}")
+        raise Failure(f"ctr run echo with {flags}: {errors.decode().strip()}")
     return seconds
 
 
@@ -129,23 +113,13 @@ def pod_memory(runtime, flags, count=3):
     return {"pss_kib": (last - first) // count, "guest_kib": (last_guest - first_guest) // count}
 
 
-def remove(name):
-    """Kills and removes a container."""
-    subprocess.run(["ctr", "task", "kill", "-s", "KILL", name], capture_output=True)
-    for _ in range(100):
-        if subprocess.run(["ctr", "task", "rm", "-f", name], capture_output=True).returncode == 0:
-            break
-        time.sleep(0.1)
-    ctr("c", "rm", name)
-
-
 def timeline():
     """Stages of one start by hand, in µs."""
     done = subprocess.run(
         ["kata-rs", "run", "--rm", "--timeline=json", ARCHIVE, "true"], capture_output=True, text=True
     )
     if done.returncode != 0:
-        sys.exit(f"kata-rs run: {done.stderr.strip()}")
+        raise Failure(f"kata-rs run: {done.stderr.strip()}")
     stages = json.loads(done.stderr.strip().splitlines()[-1])
     container = stages.pop("containers")[0]
     container.pop("id")
@@ -158,47 +132,91 @@ def cpu_model():
         return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
 
 
-def main():
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-    if rounds < 1:
-        sys.exit("measure.py: at least one round is needed")
-    runtimes = {name: flags for name, flags in RUNTIMES.items() if name != "runsc" or shutil.which("runsc-systrap")}
+def starts(found, rounds):
+    """Containers through ctr: run, first output, exec; and the stages of a start by hand."""
     results = {"run_true": {}, "first_output": {}, "exec_true": {}}
-    for name, flags in runtimes.items():  # one of each that does not count: caches
+    for name, flags in found.items():  # one of each that does not count: caches
         run_true(flags, f"bench-warm-{name}")
         ctr("run", "-d", *flags, IMAGE, f"bench-exec-{name}", "sleep", "3600")
     stages = []
     for number in range(rounds):
-        for name, flags in runtimes.items():
+        for name, flags in found.items():
             results["run_true"].setdefault(name, []).append(run_true(flags, f"bench-{name}-{number}"))
-        for name, flags in runtimes.items():
+        for name, flags in found.items():
             results["first_output"].setdefault(name, []).append(first_output(flags, f"bench-out-{name}-{number}"))
-        for name in runtimes:
+        for name in found:
             results["exec_true"].setdefault(name, []).append(exec_true(f"bench-exec-{name}", f"x{number}"))
         stages.append(timeline())
-        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-    for name in runtimes:
+        note(f"starts: round {number + 1} of {rounds}")
+    for name in found:
         remove(f"bench-exec-{name}")
-    versions = {
+    return {"seconds": results, "timeline_us": stages}
+
+
+def further(title, prepare, measure, close, rounds):
+    """A measurement that wants more than containerd: what is missing is told, and its table is left out."""
+    results = {}
+    try:
+        prepared = prepare()
+    except Failure as failure:
+        note(f"{title}: left out: {failure}")
+        return results
+    try:
+        for number in range(rounds):
+            measure(prepared, number, results)
+            note(f"{title}: round {number + 1} of {rounds}")
+    finally:
+        close(prepared)
+    return results
+
+
+def versions(found):
+    """What was measured on."""
+    return {
         "kernel": platform.release(),
-        "containerd": ctr("version").split("Version:")[1].split()[0],
-        "runc": subprocess.run(["runc", "--version"], capture_output=True, text=True).stdout.split()[2],
+        "containerd": ctr("version").split("Version:")[-1].split()[0],
+        "runc": command("runc", "--version").split()[2],
+        "runsc": command("runsc", "--version").split()[2] if "runsc" in found else None,
         "cpus": os.cpu_count(),
         "cpu": cpu_model(),
-        "command_line": open("/proc/cmdline").read().strip(),
-        "guest_kernel": ctr("run", "--rm", *runtimes["kata-rs"], IMAGE, "bench-uname", "uname", "-r").strip(),
+        "command_line": pathlib.Path("/proc/cmdline").read_text().strip(),
+        "guest_kernel": ctr("run", "--rm", *found["kata-rs"], IMAGE, "bench-uname", "uname", "-r").strip(),
     }
-    print(
-        json.dumps(
-            {
-                "rounds": rounds,
-                "host": versions,
-                "seconds": results,
-                "timeline_us": stages,
-                "memory": {name: pod_memory(name, flags) for name, flags in runtimes.items()},
-            }
-        )
-    )
 
 
-main()
+PARTS = ("starts", "pods", "network", "reads", "memory")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rounds", type=int, nargs="?", default=12)
+    parser.add_argument("--only", action="append", choices=PARTS, help="measure this part, not all")
+    parser.add_argument("--oci", default="oci.py", help="the program that packs an image (tests/images/oci.py)")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("at least one round is needed")
+    rounds, parts = options.rounds, options.only or PARTS
+    found = runtimes()
+    shutil.rmtree(WORK, ignore_errors=True)
+    os.makedirs(WORK)
+    result = {"rounds": rounds, "host": versions(found)}
+    if "starts" in parts:
+        result |= starts(found, rounds)
+    if "pods" in parts:
+        results = further("pods", lambda: pods.prepared(found), pods.round_of, lambda _: None, rounds)
+        if results:
+            result.setdefault("seconds", {})["pod_start"] = results
+    if "network" in parts:
+        result["network_bits_per_s"] = further("network", lambda: network.prepared(found), network.round_of, network.close, rounds)
+    if "reads" in parts:
+        result["random_read"] = further("random reads", lambda: disk.prepared(found, options.oci), disk.round_of, disk.close, rounds)
+    if "memory" in parts:
+        result["memory"] = {name: pod_memory(name, flags) for name, flags in found.items()}
+    shutil.rmtree(WORK)
+    print(json.dumps(result))
+
+
+try:
+    main()
+except Failure as failure:
+    sys.exit(f"measure.py: {failure}")

@@ -1,0 +1,45 @@
+"""Pods through CRI: RunPodSandbox, CreateContainer and StartContainer by one crictl."""
+
+import json
+import os
+import shutil
+
+from common import IMAGE, WORK, Failure, command, note, timed
+
+
+def prepared(runtimes):
+    """The runtimes whose handler CRI has; one pod of each that does not count."""
+    if not shutil.which("crictl"):
+        raise Failure("not installed on this machine: crictl")
+    os.makedirs(WORK, exist_ok=True)
+    handlers = []
+    for runtime in runtimes:
+        try:
+            pod(runtime, "warm")
+            handlers.append(runtime)
+        except Failure as failure:
+            note(f"pods, {runtime}: {failure}")
+    return handlers
+
+
+def pod(runtime, number):
+    """Seconds from the start of crictl to its end, which is when the pod's container runs."""
+    name = f"bench-{runtime}-{number}"
+    sandbox = {"metadata": {"name": name, "namespace": "bench", "uid": name}, "log_directory": WORK, "linux": {}}
+    container = {"metadata": {"name": "c"}, "image": {"image": IMAGE}, "command": ["sleep", "3600"], "log_path": f"{name}.log"}
+    for file, content in (("pod.json", sandbox), ("container.json", container)):
+        with open(f"{WORK}/{file}", "w") as out:
+            json.dump(content, out)
+    try:
+        return timed(
+            lambda: command("crictl", "run", "--no-pull", "--runtime", runtime, f"{WORK}/container.json", f"{WORK}/pod.json")
+        )
+    finally:
+        for sandbox_id in command("crictl", "pods", "-q", "--name", name).split():
+            command("crictl", "rmp", "-f", sandbox_id)
+
+
+def round_of(handlers, number, results):
+    """One pod per runtime."""
+    for runtime in handlers:
+        results.setdefault(runtime, []).append(pod(runtime, number))
