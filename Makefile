@@ -12,10 +12,10 @@ SHELL := /bin/bash
 
 BINARIES := kata-rs containerd-shim-kata-rs-v2 kata-rs-vmm kata-rs-task kata-rs-agent kata-rs-image
 
-.PHONY: help setup build kernel image stage install demo test unit e2e lint bench host clean
+.PHONY: help setup build kernel image stage install demo test unit e2e lint bench deb installer-image host clean
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install what building and testing need (apt, as root or with sudo)
 	@tests/setup
@@ -45,6 +45,12 @@ files:
 
 install: build kernel image ## Install into PREFIX (default /usr/local)
 	@$(MAKE) --no-print-directory files
+
+deb: stage ## Build the Debian package, target/kata-rs_VERSION_amd64.deb
+	@deploy/debian/build
+
+installer-image: stage ## Build the image of the installer's DaemonSet, target/kata-rs-installer.oci.tar (as root)
+	@deploy/image/build
 
 host: setup ## Build the test host (only where there is no hardware KVM)
 	@tests/host/build
