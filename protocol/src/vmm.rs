@@ -344,13 +344,15 @@ pub struct NetBacking {
     pub transmit_limit: Option<RateLimit>,
 }
 
-/// A limit of bytes, of operations, or of both.
+/// A limit of bytes, of operations, or of both. An operation may begin when there is anything in both buckets; what
+/// it takes more than there is, is paid back before the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimit {
     /// Bytes.
     pub bytes: Option<TokenBucket>,
-    /// Operations: block requests or packets.
+    /// Operations: block requests or frames. Where segmentation is left to the network card, a frame holds up to
+    /// 64 KiB, whatever the MTU.
     pub operations: Option<TokenBucket>,
 }
 
@@ -360,9 +362,12 @@ pub struct RateLimit {
 pub struct TokenBucket {
     /// Tokens, at least 1.
     pub capacity: u64,
-    /// How long an empty bucket takes to be full, in ms, at least 1.
+    /// How long an empty bucket takes to be full, in ms: 1 to [`MAX_REFILL_MS`].
     pub refill_ms: u64,
 }
+
+/// A day: the longest that a [`TokenBucket`] may take to be full.
+pub const MAX_REFILL_MS: u64 = 86_400_000;
 
 /// A directory shown to the guest under the virtio-fs root.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

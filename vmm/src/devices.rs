@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use protocol::stream::{GUEST_CID, PORT_AGENT};
-use protocol::vmm::{BlockBacking, NetBacking, NetSlot, Share, VmConfig};
+use protocol::vmm::{BlockBacking, NetBacking, NetSlot, RateLimit, Share, VmConfig};
 
 use crate::machine::{Descriptors, Error};
 use crate::pluggable::Pluggable;
@@ -20,6 +20,7 @@ use crate::virtio::console::{Console, ConsoleHandle};
 use crate::virtio::fs::{Fs, FsHandle};
 use crate::virtio::memory::{Memory, MemoryHandle};
 use crate::virtio::net::{self, Net, NetHandle, Tap};
+use crate::virtio::rate_limiter::Limit;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 
@@ -204,16 +205,20 @@ fn open_backing(
             ))
         })
         .collect::<Result<_, Error>>()?;
-    Ok(Backing::concatenated(extents)?)
+    Ok(Backing::concatenated(extents)?.limited(limit(backing.limit)?))
 }
 
 fn open_tap(backing: &NetBacking, descriptors: &mut Descriptors, field: &str) -> Result<net::Backing, Error> {
-    if backing.receive_limit.is_some() || backing.transmit_limit.is_some() {
-        return Err(Error::Invalid(format!("`{field}`: this VMM limits no rates")));
-    }
-    Ok(net::Backing::new(Tap::new(
-        descriptors.take(backing.tap, field)?,
-    )?))
+    let tap = Tap::new(descriptors.take(backing.tap, field)?)?;
+    Ok(net::Backing::new(
+        tap,
+        limit(backing.receive_limit)?,
+        limit(backing.transmit_limit)?,
+    ))
+}
+
+fn limit(limit: Option<RateLimit>) -> Result<Limit, Error> {
+    Ok(limit.map(Limit::try_from).transpose()?.unwrap_or_default())
 }
 
 /// The guest recognises its network devices by their addresses.

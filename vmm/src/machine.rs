@@ -30,6 +30,7 @@ use crate::virtio::block::{BackingError, SlotError};
 use crate::virtio::fs::ShareError;
 use crate::virtio::mmio::{self, Mmio};
 use crate::virtio::net::{self, TapError};
+use crate::virtio::rate_limiter::LimitError;
 
 /// Why a request to the machine failed.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +80,9 @@ pub enum Error {
     /// A network slot cannot be filled or emptied.
     #[error(transparent)]
     NetSlot(#[from] net::SlotError),
+    /// A limit cannot be kept.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
     /// A share cannot come or go.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -98,9 +102,9 @@ impl Error {
     #[must_use]
     pub fn kind(&self) -> FailureKind {
         match self {
-            Self::Invalid(_) | Self::Memory(memory::Error::Size(_) | memory::Error::Pluggable(_)) => {
-                FailureKind::Invalid
-            }
+            Self::Invalid(_)
+            | Self::Limit(_)
+            | Self::Memory(memory::Error::Size(_) | memory::Error::Pluggable(_)) => FailureKind::Invalid,
             Self::State(_) => FailureKind::State,
             Self::Kvm(kvm::Error::TooManyVcpus { .. }) => FailureKind::Invalid,
             Self::Kvm(_) | Self::Ioctl { .. } | Self::Registers(_) => FailureKind::Kvm,

@@ -13,6 +13,7 @@ pub mod fs;
 pub mod memory;
 pub mod net;
 pub mod queue;
+pub mod rate_limiter;
 pub mod rng;
 #[cfg(test)]
 mod test_driver;

@@ -12,6 +12,7 @@ use protocol::vmm::MAX_EXTENTS;
 use rustix::fs::{FileType, OFlags, SeekFrom};
 
 use super::request::SECTOR;
+use crate::virtio::rate_limiter::Limit;
 
 /// How much longer than its file an extent may be, at most, in bytes: so much as makes it end at a page.
 const MOST_PADDING: u64 = 4095;
@@ -92,6 +93,7 @@ pub struct Backing {
     /// In the device's order, without gaps.
     extents: Vec<Extent>,
     capacity: u64,
+    limit: Limit,
 }
 
 impl Backing {
@@ -103,9 +105,22 @@ impl Backing {
         let mut backing = Self {
             extents: Vec::with_capacity(1),
             capacity: 0,
+            limit: Limit::default(),
         };
         backing.append(fd, None, read_only)?;
         Ok(backing)
+    }
+
+    /// The same, of which the guest may use only so much in a time.
+    #[must_use]
+    pub fn limited(self, limit: Limit) -> Self {
+        Self { limit, ..self }
+    }
+
+    /// How much the guest may do in a time.
+    #[must_use]
+    pub fn limit(&self) -> Limit {
+        self.limit
     }
 
     /// Several, one behind the other: each with its length on the device, `None` for all it holds in whole sectors, and
@@ -120,6 +135,7 @@ impl Backing {
         let mut backing = Self {
             extents: Vec::with_capacity(parts.len()),
             capacity: 0,
+            limit: Limit::default(),
         };
         for (fd, length, read_only) in parts {
             // An empty extent of its own would be a device of nothing, which an empty slot is; between others it is

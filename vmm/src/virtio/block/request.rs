@@ -109,6 +109,12 @@ pub fn parse(memory: &GuestMemory, chain: &Chain, capacity: u64) -> Result<Resul
     })
 }
 
+/// How many bytes of data a chain holds besides header and status, whatever it asks for.
+#[must_use]
+pub fn data_length(chain: &Chain) -> usize {
+    (chain.readable_length() + chain.writable_length()).saturating_sub(HEADER + 1)
+}
+
 /// Checks a part of the device: its offset in bytes.
 fn part(sector: u64, length: u64, capacity: u64) -> Result<u64, Status> {
     let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;

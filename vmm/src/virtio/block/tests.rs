@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use super::request::Status;
 use super::*;
+use crate::virtio::rate_limiter::Limit;
 use crate::virtio::test_driver::{Buffer, Driver};
 
 const IN: u32 = 0;
@@ -537,4 +538,39 @@ fn many_files_are_one_disk_of_which_some_can_be_written() {
 /// What [`disk`] holds.
 fn disk_bytes(sectors: u8) -> Vec<u8> {
     (0..sectors).flat_map(|sector| [sector; 512]).collect()
+}
+
+#[test]
+fn a_limit_holds_requests_back_until_there_are_tokens_again() {
+    use protocol::vmm::{MAX_REFILL_MS, RateLimit, TokenBucket};
+    let limit = |bytes: Option<(u64, u64)>, operations: Option<(u64, u64)>| {
+        let bucket = |(capacity, refill_ms)| TokenBucket { capacity, refill_ms };
+        Limit::try_from(RateLimit {
+            bytes: bytes.map(bucket),
+            operations: operations.map(bucket),
+        })
+        .unwrap()
+    };
+    both_ways(|make| {
+        let day = limit(Some((1025, MAX_REFILL_MS)), Some((100, MAX_REFILL_MS)));
+        let file = disk(64);
+        let (mut device, handle) = make(Some(backing(&file, false).limited(day)));
+        let mut driver = Driver::activate(&mut device);
+        // The third takes more than is left, and the bucket is in debt.
+        for sectors in [1, 1, 20] {
+            assert_eq!(read(&mut driver, 0, sectors).1, Some(OK));
+        }
+        let header = header(IN, 3);
+        let held_back = driver.submit(0, &[Buffer::Out(&header), Buffer::In(512), Buffer::In(1)]);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!(driver.poll(0, held_back), None);
+        // What is held back does not hold up the slot's next backing.
+        handle.detach().unwrap();
+        assert_eq!(driver.wait(0, held_back).len(), 1, "only the status");
+        let quick = limit(None, Some((2, 4)));
+        handle.attach(backing(&file, false).limited(quick)).unwrap();
+        for sector in 0..20 {
+            assert_eq!(write(&mut driver, sector, &[0x55; 512]), Some(OK));
+        }
+    });
 }

@@ -12,11 +12,13 @@ use super::extents::Backing;
 use super::request::{self, Action, DATA_OFFSET, ID_SIZE, Status};
 use super::{Common, QUEUE_SIZE};
 use crate::virtio::queue::{Chain, DeviceQueue, Iovecs};
+use crate::virtio::rate_limiter::RateLimiter;
 use crate::virtio::worker::{Events, Poller, STOP};
 
 const NOTIFY: u64 = 0;
 const COMMAND: u64 = 1;
 const RING: u64 = 2;
+const RESTED: u64 = 3;
 /// `RWF_DSYNC`: the write is on the disk when it has completed.
 const RWF_DSYNC: i32 = 2;
 
@@ -29,6 +31,7 @@ pub struct Server {
     queue: DeviceQueue,
     common: Arc<Common>,
     backing: Option<Arc<Backing>>,
+    limiter: RateLimiter,
     commands: mpsc::Receiver<Command>,
     /// Taken, but not yet possible because of requests in flight.
     waiting: VecDeque<Command>,
@@ -64,10 +67,12 @@ impl Server {
     ) -> std::io::Result<Self> {
         poller.add_event(queue.notify(), NOTIFY)?;
         poller.add_event(command, COMMAND)?;
-        Ok(Self {
+        let limiter = RateLimiter::new(&poller, RESTED)?;
+        let mut server = Self {
             queue,
             common,
-            backing,
+            backing: None,
+            limiter,
             commands,
             waiting: VecDeque::new(),
             ring: None,
@@ -77,7 +82,9 @@ impl Server {
             write_flags: if write_through { RWF_DSYNC } else { 0 },
             unsubmitted: false,
             poller,
-        })
+        };
+        server.connect(backing);
+        Ok(server)
     }
 
     /// Serves until told to stop; then finishes what is in flight.
@@ -99,9 +106,14 @@ impl Server {
                 self.in_flight() > 0
             };
             let block = idle && !self.unsubmitted;
-            match self.poller.wait(&mut events, block) {
-                Ok(events) if events.iter().all(|event| event.data() != STOP) => {}
-                _ => break,
+            let Ok(events) = self.poller.wait(&mut events, block) else {
+                break;
+            };
+            if events.iter().any(|event| event.data() == STOP) {
+                break;
+            }
+            if events.iter().any(|event| event.data() == RESTED) {
+                self.limiter.rested();
             }
         }
         self.drain();
@@ -118,13 +130,19 @@ impl Server {
             let Some((backing, done)) = self.waiting.pop_front() else {
                 return;
             };
-            self.backing = backing;
+            self.connect(backing);
             // Nobody may be waiting any more.
             let _ = done.send(());
         }
     }
 
-    /// Takes requests while there is room for them. Whether any was answered at once, and whether there are more.
+    fn connect(&mut self, backing: Option<Arc<Backing>>) {
+        let limit = backing.as_ref().map(|backing| backing.limit());
+        self.limiter.set(limit.unwrap_or_default());
+        self.backing = backing;
+    }
+
+    /// Takes requests while there is room for them and the limit allows them. Whether any was answered at once, and whether there are more.
     fn take_requests(&mut self) -> (bool, bool) {
         let mut used = false;
         let mut more = false;
@@ -136,6 +154,9 @@ impl Server {
                     more = true;
                     break;
                 }
+                if !self.limiter.allows() {
+                    break;
+                }
                 let Some(token) = self.token() else { break };
                 if !self.queue.pop(&mut self.flying[token].chain) {
                     self.free.push(token);
@@ -144,6 +165,8 @@ impl Server {
                     }
                     break;
                 }
+                self.limiter
+                    .charge(request::data_length(&self.flying[token].chain));
                 if let Some(written) = self.begin(token) {
                     self.answer(token, written);
                     used = true;

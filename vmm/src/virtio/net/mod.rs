@@ -23,6 +23,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{DeviceQueue, Violations};
+use super::rate_limiter::Limit;
 use super::worker::Workers;
 use super::{ActivateError, Activation, Device, DeviceType, Interrupt};
 use header::feature;
@@ -82,13 +83,19 @@ pub struct NetState {
 #[derive(Debug)]
 pub struct Backing {
     tap: Tap,
+    receive_limit: Limit,
+    send_limit: Limit,
 }
 
 impl Backing {
-    /// A tap.
+    /// A tap, and how much the guest may receive and send through it.
     #[must_use]
-    pub fn new(tap: Tap) -> Self {
-        Self { tap }
+    pub fn new(tap: Tap, receive_limit: Limit, send_limit: Limit) -> Self {
+        Self {
+            tap,
+            receive_limit,
+            send_limit,
+        }
     }
 }
 

@@ -20,6 +20,8 @@ const NO_HEADER: [u8; LENGTH] = [0; LENGTH];
 struct Wire {
     tap: Option<OwnedFd>,
     frames: OwnedFd,
+    /// For IP, with the header before each frame that says how it is to be segmented.
+    segmented: OwnedFd,
     control: OwnedFd,
     routes: OwnedFd,
     index: i32,
@@ -53,6 +55,45 @@ fn socket(domain: i32, kind: i32, protocol: i32) -> OwnedFd {
     assert!(fd >= 0, "{}", std::io::Error::last_os_error());
     // SAFETY: as above.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// A socket for all frames of one type that pass through the interface.
+fn packets(index: i32, ethertype: u16) -> OwnedFd {
+    let protocol = ethertype.to_be();
+    let frames = socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(protocol));
+    let address = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: protocol,
+        sll_ifindex: index,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    let length = size_of::<libc::sockaddr_ll>() as u32;
+    // SAFETY: the address is of the length that goes with it.
+    let bound = unsafe { libc::bind(frames.as_raw_fd(), (&raw const address).cast(), length) };
+    assert_eq!(bound, 0, "{}", std::io::Error::last_os_error());
+    let timeout = rustix::net::sockopt::Timeout::Recv;
+    rustix::net::sockopt::set_socket_timeout(&frames, timeout, Some(Duration::from_secs(20))).unwrap();
+    frames
+}
+
+/// The same, with a `struct virtio_net_hdr` of ten bytes before each frame (packet(7), `PACKET_VNET_HDR`).
+fn with_headers(socket: OwnedFd) -> OwnedFd {
+    let on = 1_i32;
+    // SAFETY: the kernel reads one int, which is there.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_VNET_HDR,
+            (&raw const on).cast(),
+            4,
+        )
+    };
+    assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
+    socket
 }
 
 fn open_tun() -> OwnedFd {
@@ -98,27 +139,10 @@ impl Wire {
             let index = index.value[0];
             // A socket that is bound to an interface that is down begins with an error.
             ioctl(&control, libc::SIOCSIFFLAGS, &mut request(libc::IFF_UP));
-            let protocol = ETHERTYPE.to_be();
-            let frames = socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(protocol));
-            let address = libc::sockaddr_ll {
-                sll_family: libc::AF_PACKET as u16,
-                sll_protocol: protocol,
-                sll_ifindex: index,
-                sll_hatype: 0,
-                sll_pkttype: 0,
-                sll_halen: 0,
-                sll_addr: [0; 8],
-            };
-            let length = size_of::<libc::sockaddr_ll>() as u32;
-            // SAFETY: the address is of the length that goes with it.
-            let bound = unsafe { libc::bind(frames.as_raw_fd(), (&raw const address).cast(), length) };
-            assert_eq!(bound, 0, "{}", std::io::Error::last_os_error());
-            let timeout = rustix::net::sockopt::Timeout::Recv;
-            rustix::net::sockopt::set_socket_timeout(&frames, timeout, Some(Duration::from_secs(20)))
-                .unwrap();
             Self {
                 tap: Some(tap),
-                frames,
+                frames: packets(index, ETHERTYPE),
+                segmented: with_headers(packets(index, libc::ETH_P_IP as u16)),
                 control,
                 routes: socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE),
                 index,
@@ -159,7 +183,11 @@ impl Wire {
     }
 
     fn backing(&mut self) -> Backing {
-        Backing::new(Tap::new(self.tap.take().unwrap()).unwrap())
+        self.limited(Limit::default(), Limit::default())
+    }
+
+    fn limited(&mut self, receive: Limit, send: Limit) -> Backing {
+        Backing::new(Tap::new(self.tap.take().unwrap()).unwrap(), receive, send)
     }
 
     /// Puts a frame on the wire, towards the guest.
@@ -189,6 +217,29 @@ fn with_header(frame: &[u8], buffers: u16) -> Vec<u8> {
     let mut bytes = NO_HEADER.to_vec();
     bytes[10..].copy_from_slice(&buffers.to_le_bytes());
     bytes.extend(frame);
+    bytes
+}
+
+/// `struct virtio_net_hdr` for [`tcp`]: segments of 1448 bytes of data, checksums still to be made.
+const SEGMENTED: [u8; LENGTH] = [1, 1, 54, 0, 0xa8, 0x05, 34, 0, 16, 0, 0, 0];
+
+/// A TCP segment over IPv4, longer than any wire takes.
+fn tcp(payload: usize) -> Vec<u8> {
+    let mut bytes = vec![0xff; 6];
+    bytes.extend(GUEST);
+    bytes.extend([8, 0, 0x45, 0]);
+    bytes.extend(((40 + payload) as u16).to_be_bytes());
+    bytes.extend([0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    let sum: u32 = bytes[14..34]
+        .chunks(2)
+        .map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])))
+        .sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    bytes[24..26].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+    bytes.extend([
+        0, 80, 0, 90, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0,
+    ]);
+    bytes.extend((0..payload).map(|at| (at / 7) as u8));
     bytes
 }
 
@@ -588,4 +639,163 @@ fn the_configuration_is_address_and_status() {
     let mut space = [0xff; 10];
     device.read_config(0, &mut space);
     assert_eq!(space, [2, 0, 0, 0, 0, 1, 0, 0, 0, 0]);
+}
+
+#[test]
+fn segmentation_is_left_to_whoever_is_last() {
+    let Some(mut wire) = Wire::new() else { return };
+    let (mut device, _handle) = Net::new(GUEST, Some(wire.backing()));
+    let whole = tcp(20_000);
+    let from_host = [&SEGMENTED[..10], &whole].concat();
+    let mut driver = Driver::activate(&mut device);
+    let ids: Vec<_> = (0..100).map(|_| driver.submit(RX, &[Buffer::In(1536)])).collect();
+    rustix::io::write(&wire.segmented, &from_host).unwrap();
+    let got: Vec<_> = ids[..14].iter().flat_map(|&id| driver.wait(RX, id)).collect();
+    let mut header = SEGMENTED;
+    header[10] = 14;
+    assert_eq!(got[..LENGTH], header);
+    assert!(got[LENGTH..] == whole, "one frame for the guest");
+
+    let id = driver.submit(TX, &[Buffer::Out(&SEGMENTED), Buffer::Out(&whole)]);
+    driver.wait(TX, id);
+    let mut frame = vec![0; 70_000];
+    let length = rustix::io::read(&wire.segmented, &mut frame).unwrap();
+    assert!(frame[..length] == from_host, "one frame for the host");
+
+    // A driver that cannot: fourteen frames for the guest, each with its own checksum.
+    device.reset();
+    let mut driver = activate(&mut device, ALWAYS & !(feature::GUEST_TSO4 | feature::GUEST_CSUM));
+    let ids: Vec<_> = (0..100).map(|_| driver.submit(RX, &[Buffer::In(1536)])).collect();
+    rustix::io::write(&wire.segmented, &from_host).unwrap();
+    let mut data = Vec::new();
+    for &id in &ids[..14] {
+        let got = driver.wait(RX, id);
+        assert_eq!(got[..LENGTH], with_header(&[], 1));
+        data.extend_from_slice(&got[LENGTH + 54..]);
+    }
+    assert!(data == whole[54..], "the same data in the same order");
+}
+
+fn operations(capacity: u64, refill_ms: u64) -> Limit {
+    let bucket = protocol::vmm::TokenBucket { capacity, refill_ms };
+    Limit::try_from(protocol::vmm::RateLimit {
+        bytes: None,
+        operations: Some(bucket),
+    })
+    .unwrap()
+}
+
+#[test]
+fn limits_hold_frames_back_in_both_directions() {
+    let Some(mut wire) = Wire::new() else { return };
+    let day = protocol::vmm::MAX_REFILL_MS;
+    let bytes = Limit::try_from(protocol::vmm::RateLimit {
+        bytes: Some(protocol::vmm::TokenBucket {
+            capacity: 1001,
+            refill_ms: day,
+        }),
+        operations: None,
+    });
+    let (mut device, handle) = Net::new(GUEST, Some(wire.limited(bytes.unwrap(), operations(3, day))));
+    let mut driver = Driver::activate(&mut device);
+    let ids: Vec<_> = (0..5)
+        .map(|seed| driver.submit(TX, &[Buffer::Out(&NO_HEADER), Buffer::Out(&frame(100, seed))]))
+        .collect();
+    let received: Vec<_> = (0..50).map(|_| driver.submit(RX, &[Buffer::In(1536)])).collect();
+    for seed in 0..4 {
+        wire.send(&frame(1000, seed));
+    }
+    for (seed, &id) in ids[..3].iter().enumerate() {
+        driver.wait(TX, id);
+        assert_eq!(wire.receive(), frame(100, seed as u8));
+    }
+    // The second takes more than is left, and the bucket is in debt.
+    for (seed, &id) in received[..2].iter().enumerate() {
+        assert_eq!(driver.wait(RX, id), with_header(&frame(1000, seed as u8), 1));
+    }
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(
+        ["tx_packets", "rx_packets"].map(|name| counter(&device, name)),
+        [3, 2]
+    );
+    assert_eq!(driver.poll(TX, ids[3]), None);
+    // What is held back does not hold up the slot's next backing.
+    handle.detach().unwrap();
+    driver.wait(TX, ids[4]);
+    assert_eq!(counter(&device, "tx_drops"), 2);
+    let Some(mut wire) = Wire::new() else { return };
+    handle
+        .attach(wire.limited(Limit::default(), operations(1, 3)))
+        .unwrap();
+    for seed in 0..10 {
+        let id = driver.submit(TX, &[Buffer::Out(&NO_HEADER), Buffer::Out(&frame(100, seed))]);
+        wire.send(&frame(200, seed));
+        driver.wait(TX, id);
+        assert_eq!(wire.receive(), frame(100, seed));
+        assert_eq!(
+            driver.wait(RX, received[2 + usize::from(seed)]),
+            with_header(&frame(200, seed), 1)
+        );
+    }
+}
+
+/// Not a test: how many frames per second one device moves on this machine. Run it with `--ignored --nocapture`.
+#[test]
+#[ignore = "measures, asserts nothing"]
+fn throughput() {
+    let Some(mut wire) = Wire::new() else { return };
+    wire.set_mtu(65_000);
+    let (mut device, _handle) = Net::new(GUEST, Some(wire.backing()));
+    let mut driver = Driver::activate(&mut device);
+    for length in [64, 1514, 60_000] {
+        let frame = [&NO_HEADER[..], &frame(length, 0)].concat();
+        let before = counter(&device, "tx_packets");
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(1) {
+            let mut prepared = 0;
+            while driver.free(TX) > 0 {
+                driver.prepare(TX, &[Buffer::Out(&frame)]);
+                prepared += 1;
+            }
+            if prepared > 0 {
+                driver.kick(TX);
+            }
+            while driver.reap(TX).is_some() {}
+        }
+        let rate = (counter(&device, "tx_packets") - before) as f64 / start.elapsed().as_secs_f64();
+        println!(
+            "tx {length:5} bytes: {rate:9.0} frames/s, {:6.2} Gbit/s",
+            rate * length as f64 * 8e-9
+        );
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    for length in [64, 1514, 60_000] {
+        stop.store(false, Ordering::Relaxed);
+        let (bytes, flag, sender) = (frame(length, 0), stop.clone(), wire.frames.try_clone().unwrap());
+        let thread = std::thread::spawn(move || {
+            while !flag.load(Ordering::Relaxed) {
+                let _ = rustix::io::write(&sender, &bytes);
+            }
+        });
+        let before = counter(&device, "rx_packets");
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(1) {
+            let mut prepared = 0;
+            while driver.free(RX) > 0 {
+                driver.prepare(RX, &[Buffer::In(1536)]);
+                prepared += 1;
+            }
+            if prepared > 0 {
+                driver.kick(RX);
+            }
+            while driver.reap(RX).is_some() {}
+        }
+        let rate = (counter(&device, "rx_packets") - before) as f64 / start.elapsed().as_secs_f64();
+        println!(
+            "rx {length:5} bytes: {rate:9.0} frames/s, {:6.2} Gbit/s",
+            rate * length as f64 * 8e-9
+        );
+        stop.store(true, Ordering::Relaxed);
+        thread.join().unwrap();
+    }
 }

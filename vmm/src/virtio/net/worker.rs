@@ -16,6 +16,7 @@ use super::tap::Obstacle;
 use super::{Backing, Common};
 use crate::virtio::Interrupt;
 use crate::virtio::queue::{Chain, DeviceQueue, Iovecs, MAX_SEGMENTS};
+use crate::virtio::rate_limiter::RateLimiter;
 use crate::virtio::worker::{Events, Poller, STOP, Timer};
 
 const RECEIVE: u64 = 0;
@@ -23,6 +24,8 @@ const TRANSMIT: u64 = 1;
 const COMMAND: u64 = 2;
 const TAP: u64 = 3;
 const PATIENCE_ENDS: u64 = 4;
+const RECEIVE_RESTED: u64 = 5;
+const SEND_RESTED: u64 = 6;
 
 /// Frames of one direction before the other has its turn.
 const TURN: usize = 64;
@@ -76,6 +79,8 @@ pub struct Server {
     /// Its header.
     header: Box<[u8; header::LENGTH]>,
     used: Vec<(u16, usize)>,
+    receive_limiter: RateLimiter,
+    send_limiter: RateLimiter,
     patience: Patience,
     timer: Timer,
     /// Whether the tap may have frames.
@@ -102,6 +107,8 @@ impl Server {
         poller.add_event(transmit.notify(), TRANSMIT)?;
         poller.add_event(command, COMMAND)?;
         let timer = Timer::new(&poller, PATIENCE_ENDS)?;
+        let receive_limiter = RateLimiter::new(&poller, RECEIVE_RESTED)?;
+        let send_limiter = RateLimiter::new(&poller, SEND_RESTED)?;
         let mut server = Self {
             receive,
             transmit,
@@ -116,6 +123,8 @@ impl Server {
             pieces: Iovecs::default(),
             header: Box::default(),
             used: Vec::new(),
+            receive_limiter,
+            send_limiter,
             patience: Patience::Full,
             timer,
             readable: false,
@@ -140,6 +149,8 @@ impl Server {
                     STOP => return,
                     COMMAND => commanded = true,
                     PATIENCE_ENDS if self.patience == Patience::Waiting => self.patience = Patience::None,
+                    RECEIVE_RESTED => self.receive_limiter.rested(),
+                    SEND_RESTED => self.send_limiter.rested(),
                     TAP => {
                         let happened = event.event_set();
                         self.readable |= happened.contains(EventSet::IN);
@@ -176,6 +187,8 @@ impl Server {
         if let Some(backing) = &backing {
             let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
             self.poller.add(backing.tap.raw_fd(), TAP, events)?;
+            self.receive_limiter.set(backing.receive_limit);
+            self.send_limiter.set(backing.send_limit);
         }
         (self.readable, self.writable) = (backing.is_some(), backing.is_some());
         self.common.link_up.store(backing.is_some(), Ordering::Release);
@@ -219,6 +232,9 @@ impl Server {
         if !self.readable || self.receive.is_stopped() {
             return false;
         }
+        if !self.receive_limiter.allows() {
+            return false;
+        }
         self.posted.fill(&mut self.receive, &mut self.chain);
         if self.posted.has_enough() {
             self.patience = Patience::Full;
@@ -238,9 +254,13 @@ impl Server {
             Ok(Some(length)) => {
                 self.posted.take(self.receive.memory(), length, &mut self.used);
                 self.receive.push_all(&self.used);
+                self.receive_limiter.charge(length - header::LENGTH);
                 counters.received.add(length - header::LENGTH);
             }
-            Ok(None) => counters.receive_drops.add(0),
+            Ok(None) => {
+                counters.receive_drops.add(0);
+                self.receive_limiter.charge(0);
+            }
             Err(Obstacle::NotNow) => self.readable = false,
             Err(Obstacle::Gone) => self.lose_tap(),
             Err(Obstacle::Down | Obstacle::Refused) => {
@@ -268,7 +288,7 @@ impl Server {
 
     /// Takes at most one frame from the driver. False when the next event decides how it goes on.
     fn send_frame(&mut self) -> bool {
-        if self.backing.is_some() && !self.writable {
+        if self.backing.is_some() && !(self.writable && self.send_limiter.allows()) {
             return false;
         }
         if !self.transmit.pop(&mut self.chain) {
@@ -284,7 +304,10 @@ impl Server {
             // Like a cable that was pulled.
             (Ok(_), None) => counters.send_drops.add(0),
             (Ok(length), Some(backing)) => match backing.tap.write(&self.pieces) {
-                Ok(_) => counters.sent.add(length),
+                Ok(_) => {
+                    counters.sent.add(length);
+                    self.send_limiter.charge(length);
+                }
                 Err(Obstacle::NotNow) => {
                     self.writable = false;
                     self.transmit.unpop();
