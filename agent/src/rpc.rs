@@ -145,7 +145,8 @@ impl Agent for Service {
     async fn signal_process(&self, _: &TtrpcContext, request: SignalProcessRequest) -> Reply<Empty> {
         let container = self.0.container(&request.container_id)?;
         if !request.all {
-            return done(container.process(&request.exec_id)?.signal(request.signal));
+            let signal = async move { container.signal(&request.exec_id, request.signal).await };
+            return complete(async move { signal.await.map(|()| Empty::new()) }).await;
         }
         if !request.exec_id.is_empty() {
             return Err(Error::Invalid("a signal to all processes names none".into()).into());

@@ -267,7 +267,7 @@ pub fn run(plan: &Plan, channel: &Channel) -> ! {
 fn become_program(plan: &Plan, channel: &Channel) -> Message {
     let fail = |stage| move |errno| Message::Failed { stage, errno };
     let mut terminal = None;
-    syscall::default_sigpipe();
+    syscall::default_signals();
     rustix::process::umask(Mode::empty());
     for (index, step) in (0..).zip(&plan.steps) {
         if let Err(errno) = perform(step, &mut terminal) {

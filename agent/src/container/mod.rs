@@ -24,6 +24,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use protocol::agent::list_processes_response::Process as ListedProcess;
 use protocol::agent::{ContainerStatsResponse, CreateContainerRequest, CreateExecRequest};
@@ -47,6 +48,10 @@ use self::spec::{Resources, Spec, SpecError};
 use crate::error::Error;
 use crate::reaper::Status;
 use crate::storage::Storage;
+
+/// How often a session that does not die is killed, and how long killed processes have to be gone before that.
+const SESSION_KILLS: usize = 50;
+const SESSION_KILL_PAUSE: Duration = Duration::from_millis(2);
 
 /// A container whose init was created.
 pub struct Container {
@@ -366,6 +371,42 @@ impl Container {
         }
         process.wait_finished().await;
         self.execs().known.remove(exec_id);
+        Ok(())
+    }
+
+    /// Signals one process. SIGKILL for a further process takes what that has started along: a probe whose time is up
+    /// leaves nothing behind, and nothing keeps its output open. What made itself a session of its own stays.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], and those of [`Process::signal`].
+    pub async fn signal(&self, exec_id: &str, number: u32) -> Result<(), Error> {
+        let process = self.process(exec_id)?;
+        process.signal(number)?;
+        if !exec_id.is_empty() && number == Signal::KILL.as_raw().unsigned_abs() {
+            self.kill_session(process.pid).await?;
+        }
+        Ok(())
+    }
+
+    /// Kills the processes of a session whose leader was killed: several times, since they may be making others.
+    async fn kill_session(&self, leader: Pid) -> Result<(), Error> {
+        for _ in 0..SESSION_KILLS {
+            let pids = self.cgroup.processes()?;
+            let members = pids
+                .into_iter()
+                .filter_map(Pid::from_raw)
+                .filter(|pid| rustix::process::getsid(Some(*pid)) == Ok(leader));
+            let mut found = false;
+            for member in members {
+                found = true;
+                // One that has ended needs no signal.
+                let _ = kill_process(member, Signal::KILL);
+            }
+            if !found {
+                return Ok(());
+            }
+            tokio::time::sleep(SESSION_KILL_PAUSE).await;
+        }
         Ok(())
     }
 

@@ -60,10 +60,41 @@ pub fn exit(status: i32) -> ! {
     unsafe { libc::_exit(status) }
 }
 
-/// SIGPIPE ends a process again: the Rust runtime ignores it, and programs inherit that.
-pub fn default_sigpipe() {
-    // SAFETY: SIG_DFL is a valid disposition; no handler is installed.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+/// No signal is ignored or blocked any more: programs inherit that (execve(2)), and neither clone3 nor execve takes
+/// it back. The Rust runtime ignores SIGPIPE; whatever started this process may have ignored others.
+pub fn default_signals() {
+    /// `struct sigaction` of the kernel, not of the C library.
+    #[repr(C)]
+    struct KernelAction {
+        handler: usize,
+        flags: libc::c_ulong,
+        restorer: usize,
+        mask: u64,
+    }
+    const SET_BYTES: usize = size_of::<u64>();
+    let action = KernelAction {
+        handler: libc::SIG_DFL,
+        flags: 0,
+        restorer: 0,
+        mask: 0,
+    };
+    let none = 0u64;
+    // SAFETY: both structures are the kernel's own on x86-64, and their sizes are told. No handler is installed; SIGKILL
+    // and SIGSTOP are refused, which changes nothing. The C library's functions refuse the two signals it uses itself.
+    unsafe {
+        for signal in 1..=64 {
+            let null = std::ptr::null_mut::<KernelAction>();
+            libc::syscall(libc::SYS_rt_sigaction, signal, &raw const action, null, SET_BYTES);
+        }
+        let null = std::ptr::null_mut::<u64>();
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const none,
+            null,
+            SET_BYTES,
+        );
+    }
 }
 
 /// Closes every descriptor but standard I/O and these two (-1 for none).

@@ -44,6 +44,30 @@ guest_tests! {
         assert_eq!(host.run(request).await.stdout, expected);
     }
 
+    async fn no_signal_is_ignored_or_blocked(host) {
+        // SAFETY: no handler is installed, and nothing else in this process wants the signals.
+        unsafe {
+            for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP, libc::SIGRTMIN()] {
+                libc::signal(signal, libc::SIG_IGN);
+            }
+            let mut set = std::mem::zeroed();
+            libc::sigemptyset(&raw mut set);
+            libc::sigaddset(&raw mut set, libc::SIGUSR1);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+        }
+        // Not by a shell, which ignores some itself.
+        let args = json!(["grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"]);
+        let nothing = "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n";
+        let mut request = container("a", "");
+        edit(&mut request.spec, |spec| spec["process"]["args"] = args.clone());
+        assert_eq!(host.run(request).await.stdout, nothing);
+        host.start_sleeper("c").await;
+        let mut request = exec("c", "e", "");
+        edit(&mut request.process, |process| process["args"] = args);
+        assert_eq!(host.run_exec(request).await.stdout, nothing);
+        host.delete("c").await.unwrap();
+    }
+
     async fn user_groups_and_mask_are_as_asked(host) {
         let mut request = container("c", "id -u; id -g; id -G; umask; pwd; echo $HOME; touch /tmp/made; stat -c '%a %u' /tmp/made");
         std::fs::set_permissions(host.directory.join("shares/image/tmp"), std::os::unix::fs::PermissionsExt::from_mode(0o1777)).unwrap();

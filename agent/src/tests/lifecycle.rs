@@ -5,6 +5,8 @@ use serde_json::json;
 use ttrpc::Code;
 use ttrpc::context::Context;
 
+use tokio::io::AsyncReadExt as _;
+
 use super::host::{edit, eventually, reference};
 use super::{container, exec, guest_tests};
 
@@ -156,6 +158,24 @@ guest_tests! {
         let output = host.run_exec(exec("a", "e", "ps -o args | grep -c '[s]leep 777'")).await;
         assert_eq!(output.stdout, "1\n");
         host.delete("a").await.unwrap();
+    }
+
+    async fn a_killed_exec_takes_its_session_along_and_nothing_else(host) {
+        host.start_sleeper("c").await;
+        let script = "sleep 771 & (sleep 772 & wait) & setsid sh -c 'echo started; exec sleep 773' & sleep 774; true";
+        let mut request = exec("c", "probe", script);
+        let stdio = host.pipes();
+        request.stdio = Some(stdio.clone()).into();
+        host.create_exec(&request).await.unwrap();
+        let mut stdout = host.stream(stdio.stdout_token);
+        host.start_process("c", "probe").await.unwrap();
+        let mut text = [0; 8];
+        stdout.read_exact(&mut text).await.unwrap();
+        host.signal("c", "probe", libc::SIGKILL, false).await.unwrap();
+        assert_eq!(host.exit("c", "probe").await, 137);
+        let left = host.run_exec(exec("c", "look", "ps -o args | grep '^sleep [0-9]'")).await.stdout;
+        assert_eq!(left, "sleep 1000\nsleep 773\n");
+        host.delete("c").await.unwrap();
     }
 
     async fn a_container_can_join_anothers_pid_namespace(host) {
