@@ -11,6 +11,7 @@ mod clock;
 mod container;
 mod error;
 mod events;
+mod forward;
 mod network;
 mod reaper;
 mod rpc;
@@ -27,7 +28,7 @@ use std::sync::{Arc, Mutex};
 
 use protocol::agent::Hello;
 use protocol::hello::{self, AGENT_VERSION};
-use protocol::stream::PORT_AGENT;
+use protocol::stream::{PORT_AGENT, PORT_FORWARD};
 use tokio::io::AsyncReadExt as _;
 
 use crate::boot::BootError;
@@ -51,6 +52,8 @@ enum AgentError {
     Hello(std::io::Error),
     #[error(transparent)]
     Refused(#[from] hello::HelloError),
+    #[error("cannot listen for forwarded connections (vsock port {PORT_FORWARD}): {0}")]
+    Forward(std::io::Error),
     #[error("the runtime cannot start: {0}")]
     Runtime(std::io::Error),
     #[error("the service cannot start: {0}")]
@@ -132,6 +135,7 @@ async fn serve(connection: OwnedFd, times: Times) -> Result<(), AgentError> {
         connector: stream::vsock_connector(),
         pod_pid_namespace: Mutex::new(None),
     });
+    forward::start().map_err(AgentError::Forward)?;
     let sandbox = Arc::new(Sandbox::new(engine, listener, times));
     rpc::serve(stream, Arc::clone(&sandbox)).await?;
     sandbox.delete_all().await;

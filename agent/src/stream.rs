@@ -111,7 +111,11 @@ pub fn connect_vsock_blocking(port: u32) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-fn vsock_socket(flags: libc::c_int) -> Result<OwnedFd> {
+/// A vsock stream socket with these flags of socket(2).
+///
+/// # Errors
+/// Those of socket(2).
+pub fn vsock_socket(flags: libc::c_int) -> Result<OwnedFd> {
     // SAFETY: socket(2) takes numbers only.
     let fd = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | flags, 0) };
     if fd == -1 {

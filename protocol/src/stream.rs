@@ -1,7 +1,8 @@
-//! vsock ports of a sandbox, and the header that opens a standard I/O stream.
+//! vsock ports of a sandbox, and the headers that open a standard I/O stream and a forwarded connection.
 //!
-//! Every connection is made by the guest (the agent) to the host, [`HOST_CID`]. The VMM carries each as one
-//! Unix stream socket whose host end travels over the vsock channel (see [`VsockOpen`]).
+//! The agent connects to the host, [`HOST_CID`], for everything but forwarded connections, which the host makes to
+//! the agent. The VMM carries each connection as one Unix stream socket whose host end travels over the vsock channel
+//! (see [`VsockOpen`]).
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +15,10 @@ pub const GUEST_CID: u32 = 3;
 pub const PORT_AGENT: u32 = 1024;
 /// Host port of standard I/O streams: a [`StreamHeader`], then raw bytes with half-close.
 pub const PORT_STDIO: u32 = 1025;
+
+/// Guest port of forwarded connections: a [`ForwardHeader`] from the host, one byte from the agent, then raw bytes with
+/// half-close in both directions.
+pub const PORT_FORWARD: u32 = 1026;
 
 /// What travels with a connection's descriptor over the vsock channel, as JSON, in either direction.
 ///
@@ -87,6 +92,70 @@ impl StreamHeader {
     }
 }
 
+/// Opens a forwarded connection: written by the host, first thing on a connection to [`PORT_FORWARD`].
+///
+/// 8 bytes, little-endian: magic `KRPF`, version (u16), port (u16). The agent connects to that port of the guest's own
+/// 127.0.0.1, or else of its ::1, and answers with [`FORWARD_CONNECTED`]; or with [`FORWARD_REFUSED`] when nobody
+/// listens there, and closes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ForwardHeader {
+    /// The TCP port in the guest.
+    pub port: u16,
+}
+
+/// The agent's answer to a [`ForwardHeader`]: what follows is the connection's.
+pub const FORWARD_CONNECTED: u8 = 0;
+/// The agent's answer to a [`ForwardHeader`]: there is no connection.
+pub const FORWARD_REFUSED: u8 = 1;
+
+/// Why a forwarded connection's header was not accepted.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ForwardHeaderError {
+    /// The connection does not begin with the magic number.
+    #[error("not a forwarded connection: it begins with {0:02x?} instead of \"KRPF\"")]
+    Magic([u8; 4]),
+    /// The peer speaks another version of the header.
+    #[error(
+        "version {0} of forwarded connections is not supported, only {version}: use agent and runtime of one release",
+        version = ForwardHeader::VERSION
+    )]
+    Version(u16),
+}
+
+impl ForwardHeader {
+    /// Length of the header in bytes.
+    pub const SIZE: usize = 8;
+    /// The version this crate speaks.
+    pub const VERSION: u16 = 1;
+    const MAGIC: [u8; 4] = *b"KRPF";
+
+    /// Encodes the header.
+    #[must_use]
+    pub fn encode(self) -> [u8; Self::SIZE] {
+        let [m0, m1, m2, m3] = Self::MAGIC;
+        let [v0, v1] = Self::VERSION.to_le_bytes();
+        let [p0, p1] = self.port.to_le_bytes();
+        [m0, m1, m2, m3, v0, v1, p0, p1]
+    }
+
+    /// Decodes and checks a header.
+    ///
+    /// # Errors
+    /// [`ForwardHeaderError`] when the peer is something else or of another version.
+    pub fn decode(bytes: [u8; Self::SIZE]) -> Result<Self, ForwardHeaderError> {
+        let [m0, m1, m2, m3, v0, v1, p0, p1] = bytes;
+        if [m0, m1, m2, m3] != Self::MAGIC {
+            return Err(ForwardHeaderError::Magic([m0, m1, m2, m3]));
+        }
+        match u16::from_le_bytes([v0, v1]) {
+            Self::VERSION => Ok(Self {
+                port: u16::from_le_bytes([p0, p1]),
+            }),
+            other => Err(ForwardHeaderError::Version(other)),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,6 +166,23 @@ mod tests {
             token: 0x0102_0304_0506_0708,
         };
         assert_eq!(StreamHeader::decode(header.encode()), Ok(header));
+    }
+
+    #[test]
+    fn a_forwarded_connections_header_survives_the_wire_or_is_refused_by_name() {
+        let header = ForwardHeader { port: 0x1f90 };
+        assert_eq!(ForwardHeader::decode(header.encode()), Ok(header));
+        let mut bytes = header.encode();
+        bytes[5] = 1;
+        assert_eq!(
+            ForwardHeader::decode(bytes),
+            Err(ForwardHeaderError::Version(257))
+        );
+        bytes[0] = b'X';
+        assert_eq!(
+            ForwardHeader::decode(bytes),
+            Err(ForwardHeaderError::Magic(*b"XRPF"))
+        );
     }
 
     #[test]

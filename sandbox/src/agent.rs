@@ -11,8 +11,8 @@ use protocol::agent::failure::Reason;
 use protocol::agent::service::AgentClient;
 use protocol::agent::{
     ConfigureSandboxRequest, ContainerRef, ContainerStatsResponse, CreateContainerRequest, CreateExecRequest,
-    Event, Failure, GuestInfoResponse, Hello, ProcessRef, ResizeTerminalRequest, SignalProcessRequest,
-    UpdateContainerRequest, Volume,
+    Event, Failure, GuestInfoResponse, Hello, Network, ProcessRef, ResizeTerminalRequest,
+    SignalProcessRequest, UpdateContainerRequest, Volume,
 };
 use protocol::hello::{self, HelloError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -127,7 +127,7 @@ impl Agent {
     }
 
     /// Tells the guest what its pod needs.
-    pub async fn configure(&self, spec: &SandboxSpec) -> Result<(), Error> {
+    pub async fn configure(&self, spec: &SandboxSpec, network: Option<Network>) -> Result<(), Error> {
         let request = ConfigureSandboxRequest {
             hostname: spec.hostname.clone().unwrap_or_default(),
             realtime_ns: realtime_ns(),
@@ -135,10 +135,19 @@ impl Agent {
             sysctls: spec.sysctls.clone().into_iter().collect(),
             shm_bytes: spec.shm_bytes,
             shared_pid_namespace: spec.shared_pid_namespace,
+            network: network.into(),
             ..Default::default()
         };
         let call = self.client.configure_sandbox(Context::default(), &request);
         self.call(SHORT, || "preparing the guest".to_owned(), call)
+            .await
+            .map(drop)
+    }
+
+    /// Tells the guest about its network anew.
+    pub async fn update_network(&self, network: &Network) -> Result<(), Error> {
+        let call = self.client.update_network(Context::default(), network);
+        self.call(SHORT, || "setting up the guest's network".to_owned(), call)
             .await
             .map(drop)
     }

@@ -91,6 +91,10 @@ pub(crate) async fn create(pod: Arc<Pod>, request: ContainerRequest) -> Result<u
         let kept = (&mut made.io, &mut made.hooks);
         pause::make(&pod, &id, &netns, request.stdio, request.hooks, kept).await
     };
+    let result = result.and_then(|(task, signals)| {
+        pod.network.adopt(task.pid())?;
+        Ok((task, signals))
+    });
     match result {
         Ok((task, signals)) => Ok(publish(&pod, &id, task, signals, made)),
         Err(error) => {

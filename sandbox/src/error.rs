@@ -121,6 +121,9 @@ pub enum Error {
     /// A process on the host could not be started.
     #[error("{}", chain(.0.as_ref()))]
     Task(#[source] Arc<crate::proxy::TaskError>),
+    /// The pod's network on the host.
+    #[error("{}", chain(.0.as_ref()))]
+    Network(#[source] Arc<crate::network::NetworkError>),
     /// Something else, already in words.
     #[error("{message}")]
     Other {
@@ -171,6 +174,12 @@ impl From<crate::proxy::TaskError> for Error {
     }
 }
 
+impl From<crate::network::NetworkError> for Error {
+    fn from(error: crate::network::NetworkError) -> Self {
+        Self::Network(Arc::new(error))
+    }
+}
+
 impl From<crate::vm::VmError> for Error {
     fn from(error: crate::vm::VmError) -> Self {
         Self::Vm(Arc::new(error))
@@ -195,6 +204,7 @@ impl Error {
             Self::Agent(error) => error.kind(),
             Self::Guest(failure) => failure.kind,
             Self::Task(error) => error.kind(),
+            Self::Network(error) => error.kind(),
             Self::Other { kind, .. } => *kind,
         }
     }

@@ -18,6 +18,7 @@ mod events;
 pub mod hooks;
 pub mod io;
 pub mod namespaces;
+mod network;
 mod pause;
 mod pod;
 mod process;

@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::container::Containers;
 use crate::error::{Error, ErrorKind, chain};
 use crate::events::{Event, EventSender};
+use crate::network::{PodNetwork, Scanning};
 use crate::seqpacket::Seqpacket;
 use crate::shares::Shares;
 use crate::spec::SandboxSpec;
@@ -41,6 +42,7 @@ pub(crate) struct Pod {
     pub leftovers: watch::Sender<usize>,
     started: Instant,
     vm: Result<Arc<Vm>, Error>,
+    pub network: PodNetwork,
     containers: Mutex<Containers>,
     agent: watch::Receiver<Option<Result<Agent, Error>>>,
     exit: watch::Sender<Option<SandboxExit>>,
@@ -60,14 +62,24 @@ impl Pod {
     /// Spawns the VMM and boots in the background.
     pub fn start(spec: SandboxSpec, config: Arc<Config>, events: EventSender) -> Arc<Self> {
         let started = Instant::now();
-        let launched = vm::launch(&spec, &config, monotonic_ns());
+        let mut network = PodNetwork::default();
+        // The namespace is read while the VMM starts.
+        let launched = Scanning::begin(&spec.netns)
+            .map_err(Error::from)
+            .and_then(|scanning| {
+                vm::launch(&spec, &config, monotonic_ns(), |blocks| {
+                    let (found, devices) = scanning.finish(blocks)?;
+                    network = found;
+                    Ok(devices)
+                })
+            });
         let (agent_sender, agent) = watch::channel(None);
         let (vm, rest) = match launched {
             Ok(launched) => {
                 let (vm, vsock, booted) = launched.split();
                 (Ok(vm), Some((vsock, booted)))
             }
-            Err(error) => (Err(Error::Start(Arc::new(Error::Vm(Arc::new(error))))), None),
+            Err(error) => (Err(Error::Start(Arc::new(error))), None),
         };
         let pod = Arc::new(Self {
             spec,
@@ -79,6 +91,7 @@ impl Pod {
             leftovers: watch::Sender::new(0),
             started,
             vm,
+            network,
             containers: Mutex::new(Containers::new(events)),
             agent,
             exit: watch::Sender::new(None),
@@ -254,7 +267,7 @@ async fn supervise(pod: Arc<Pod>, vm: Arc<Vm>) {
 async fn boot(
     pod: Arc<Pod>,
     vm: Arc<Vm>,
-    vsock: Seqpacket,
+    vsock: Arc<Seqpacket>,
     booted: impl Future<Output = Result<(), VmError>>,
     ready: watch::Sender<Option<Result<Agent, Error>>>,
 ) {
@@ -306,7 +319,9 @@ async fn come_up(
         placed?;
         agent
     };
-    let agent = match tokio::time::timeout(limit, hello).await {
+    // Wiring is not cut short by the limit: what it has begun it must be able to take back.
+    let (hello, network) = tokio::join!(tokio::time::timeout(limit, hello), pod.network.wire(pod, vm));
+    let agent = match hello {
         Ok(Ok(agent)) => agent,
         // A guest that dies in the handshake shows as a broken connection first.
         Ok(Err(error)) => match &error {
@@ -330,7 +345,7 @@ async fn come_up(
         }
     };
     lock(&pod.marks).agent_hello = Some(pod.elapsed());
-    let (configured, events) = tokio::join!(agent.configure(&pod.spec), agent.events());
+    let (configured, events) = tokio::join!(agent.configure(&pod.spec, network?), agent.events());
     match (configured, events) {
         (Ok(()), Ok(events)) => Ok((agent, events)),
         (Err(error), _) | (_, Err(error)) => match tokio::time::timeout(LAST_WORDS, vm.exited()).await {

@@ -136,6 +136,7 @@ async fn start_in_guest(pod: &Pod, process: &ProcessId) -> Result<(), Error> {
     if let Some(io) = io {
         io.begin_input()?;
     }
+    pod.network.wire_late(pod).await?;
     if in_guest {
         agent.start(process).await
     } else {

@@ -56,7 +56,7 @@ impl Router {
 
 /// Receives the guest's connections until the VMM closes the channel. The first to the agent's port goes to
 /// `agent`.
-pub(crate) async fn dispatch(vsock: Seqpacket, agent: oneshot::Sender<UnixStream>, router: Arc<Router>) {
+pub(crate) async fn dispatch(vsock: Arc<Seqpacket>, agent: oneshot::Sender<UnixStream>, router: Arc<Router>) {
     let mut agent = Some(agent);
     let unnamed = Arc::new(Semaphore::new(UNNAMED_STREAMS));
     loop {

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use protocol::channel::Received;
 use protocol::vmm::{
-    BlockBacking, BlockSlot, CONTROL_FD, CONTROL_VERSION, Event, ExitCause, FdIndex, FromVmm, RequestBody,
-    VmConfig,
+    BlockBacking, BlockSlot, CONTROL_FD, CONTROL_VERSION, Event, ExitCause, FdIndex, FromVmm, NetSlot,
+    RequestBody, VmConfig,
 };
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
@@ -18,6 +18,7 @@ use tokio::sync::{oneshot, watch};
 use super::{Answer, Pending, Slots, Vm, VmError, VmExit, lock, slot_serial};
 use crate::boot_files::{self, ImageKind};
 use crate::config::Config;
+use crate::error::Error;
 use crate::seqpacket::Seqpacket;
 use crate::spawn::{Command, SpawnError};
 use crate::spec::SandboxSpec;
@@ -34,20 +35,26 @@ const IMAGE_SERIAL: &str = "kata-rs-image";
 pub(crate) struct Launched {
     pub vm: Vm,
     /// Connections between guest and host.
-    pub vsock: Seqpacket,
+    pub vsock: Arc<Seqpacket>,
     configured: oneshot::Receiver<Answer>,
     booted: oneshot::Receiver<Answer>,
 }
 
 /// Spawns the VMM and sends it the machine's description and the order to boot; does not wait for answers.
 ///
-/// `started_ns` is `CLOCK_MONOTONIC` when the sandbox began. Must be called inside a tokio runtime, on a thread
+/// `started_ns` is `CLOCK_MONOTONIC` when the sandbox began. `nets` is asked for the network devices while the VMM
+/// starts; it is told how many block devices there are. Must be called inside a tokio runtime, on a thread
 /// that lives as long as the VM.
-pub(crate) fn launch(spec: &SandboxSpec, config: &Config, started_ns: u64) -> Result<Launched, VmError> {
-    let kvm = boot_files::open_kvm()?;
-    let kernel = boot_files::open_kernel(config.kernel())?;
-    let (image, image_kind) = boot_files::open_image(config.guest_image())?;
-    let (vm, vsock, vsock_theirs) = spawn(config.vmm(), &spec.id)?;
+pub(crate) fn launch(
+    spec: &SandboxSpec,
+    config: &Config,
+    started_ns: u64,
+    nets: impl FnOnce(usize) -> Result<Vec<NetSlot>, Error>,
+) -> Result<Launched, Error> {
+    let kvm = boot_files::open_kvm().map_err(VmError::from)?;
+    let kernel = boot_files::open_kernel(config.kernel()).map_err(VmError::from)?;
+    let (image, image_kind) = boot_files::open_image(config.guest_image()).map_err(VmError::from)?;
+    let (vm, vsock_theirs) = spawn(config.vmm(), &spec.id)?;
     set_oom_score(vm.pid(), spec.oom_score_adj);
 
     let mut fds = FdList::default();
@@ -87,7 +94,7 @@ pub(crate) fn launch(spec: &SandboxSpec, config: &Config, started_ns: u64) -> Re
         initrd,
         cmdline,
         vsock: Some(vsock_fd),
-        nets: Vec::new(),
+        nets: nets(blocks.len())?,
         blocks,
         fs_tag: Some(FS_TAG.to_owned()),
         balloon: true,
@@ -108,8 +115,8 @@ pub(crate) fn launch(spec: &SandboxSpec, config: &Config, started_ns: u64) -> Re
         first,
     };
     Ok(Launched {
+        vsock: Arc::clone(&vm.vsock),
         vm,
-        vsock,
         configured,
         booted,
     })
@@ -134,8 +141,8 @@ impl<'a> FdList<'a> {
     }
 }
 
-/// Spawns the VMM's process and the tasks that listen to it. Returns the vsock channel's two ends too.
-fn spawn(program: &Path, id: &str) -> Result<(Vm, Seqpacket, OwnedFd), VmError> {
+/// Spawns the VMM's process and the tasks that listen to it. Returns the VMM's end of the vsock channel too.
+fn spawn(program: &Path, id: &str) -> Result<(Vm, OwnedFd), VmError> {
     let null = std::fs::File::open("/dev/null").map_err(VmError::Channel)?;
     let (control, control_theirs) = Seqpacket::pair().map_err(VmError::Channel)?;
     let (vsock, vsock_theirs) = Seqpacket::pair().map_err(VmError::Channel)?;
@@ -201,6 +208,7 @@ fn spawn(program: &Path, id: &str) -> Result<(Vm, Seqpacket, OwnedFd), VmError> 
     let vm = Vm {
         child,
         control,
+        vsock: Arc::new(vsock),
         pending,
         slots: Mutex::new(Slots {
             free: VecDeque::new(),
@@ -209,7 +217,7 @@ fn spawn(program: &Path, id: &str) -> Result<(Vm, Seqpacket, OwnedFd), VmError> 
         }),
         exit,
     };
-    Ok((vm, vsock, vsock_theirs))
+    Ok((vm, vsock_theirs))
 }
 
 /// Hands answers to those who wait for them until the VMM closes its end; returns what it said of its own end.
@@ -267,7 +275,7 @@ impl Launched {
         self,
     ) -> (
         Arc<Vm>,
-        Seqpacket,
+        Arc<Seqpacket>,
         impl Future<Output = Result<(), VmError>> + Send + use<>,
     ) {
         let vm = Arc::new(self.vm);

@@ -7,13 +7,16 @@ mod launch;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use protocol::stream::VsockOpen;
 use protocol::vmm::{
-    BlockBacking, CachePolicy, Failure, FdIndex, Metrics, Reply, Request, RequestBody, Share, Timeline,
+    BlockBacking, CachePolicy, Failure, FdIndex, Metrics, NetBacking, Reply, Request, RequestBody, Share,
+    Timeline,
 };
+use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 
 use crate::seqpacket::Seqpacket;
@@ -52,6 +55,7 @@ struct Slots {
 pub(crate) struct Vm {
     child: Arc<Child>,
     control: Arc<Seqpacket>,
+    vsock: Arc<Seqpacket>,
     pending: Arc<Mutex<Pending>>,
     slots: Mutex<Slots>,
     exit: watch::Receiver<Option<Arc<VmExit>>>,
@@ -160,6 +164,33 @@ impl Vm {
         self.request("detach a block device", body, &[]).await?;
         lock(&self.slots).free.push_back(block.slot);
         Ok(())
+    }
+
+    /// Gives the n-th network device its tap.
+    pub async fn attach_net(&self, slot: usize, tap: BorrowedFd<'_>) -> Result<(), VmError> {
+        let body = RequestBody::AttachNet {
+            slot: u32::try_from(slot).unwrap_or(u32::MAX),
+            backing: NetBacking {
+                tap: FdIndex(0),
+                receive_limit: None,
+                transmit_limit: None,
+            },
+        };
+        self.request("connect a network device", body, &[tap])
+            .await
+            .map(drop)
+    }
+
+    /// Connects to a vsock port of the guest. A guest that refuses, or has none, shows as an end of what is read.
+    pub async fn connect_guest(&self, port: u32) -> Result<UnixStream, VmError> {
+        let what = "connect to the guest";
+        let (ours, theirs) = UnixStream::pair().map_err(VmError::Channel)?;
+        let theirs = theirs.into_std().map_err(VmError::Channel)?;
+        let message = serde_json::to_vec(&VsockOpen { port }).expect("a message has string keys only");
+        match self.vsock.send(&message, &[theirs.as_fd()]).await {
+            Ok(()) => Ok(ours),
+            Err(cause) => Err(self.send_error(what, cause).await),
+        }
     }
 
     /// Counters of the VM.
