@@ -76,9 +76,11 @@ impl Error {
                 | SpawnError::Step { source, .. }
                 | SpawnError::Executable { source, .. },
             ) => Some(*source),
-            Self::Storage(StorageError::Mount { source, .. } | StorageError::ShareMissing { source, .. }) => {
-                Some(*source)
-            }
+            Self::Storage(
+                StorageError::Mount { source, .. }
+                | StorageError::ShareMissing { source, .. }
+                | StorageError::Partition { source, .. },
+            ) => Some(*source),
             Self::Storage(StorageError::VolumeFiles {
                 source: FilesError::Kernel { source, .. },
                 ..
@@ -125,6 +127,7 @@ impl Error {
                 } => Code::UNIMPLEMENTED,
                 StorageError::Mount { .. }
                 | StorageError::VolumeFiles { .. }
+                | StorageError::Partition { .. }
                 | StorageError::Directory { .. } => self.code_of_errno(),
             },
             Self::Spawn(SpawnError::Executable { source, .. }) => match *source {
@@ -179,7 +182,9 @@ impl Error {
                 StorageError::Volume { name, .. } | StorageError::VolumeFiles { name, .. } => {
                     (Reason::REASON_UNSPECIFIED, name.clone())
                 }
-                StorageError::BlockMissing { serial, .. } => (Reason::STORAGE_MISSING, serial.clone()),
+                StorageError::BlockMissing { serial, .. } | StorageError::Partition { serial, .. } => {
+                    (Reason::STORAGE_MISSING, serial.clone())
+                }
                 StorageError::Mount { target, .. } => (Reason::MOUNT_FAILED, target.clone()),
                 StorageError::Directory { path, .. } => {
                     (Reason::REASON_UNSPECIFIED, path.display().to_string())

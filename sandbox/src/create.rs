@@ -1,7 +1,7 @@
 //! Making a container, and taking it away. What each step attaches is noted as it happens, so that a failure, or
 //! a deletion, undoes exactly that.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -22,7 +22,7 @@ use crate::pod::Pod;
 use crate::process::watch_task;
 use crate::proxy::{self, Task, TaskSignals};
 use crate::spec::Netns;
-use crate::storage::{self, Attachments, Context, FilesVolume, Plan, StorageError};
+use crate::storage::{self, Attachments, Context, DiskName, FilesVolume, Plan, StorageError};
 use crate::timeline::ContainerTimeline;
 
 /// Where the guest has the /dev/shm that the pod's containers share.
@@ -138,8 +138,8 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
     let storage = async {
         let (mut plan, attachments) = open_storage(pod, id, spec, bundle, rootfs).await?;
         mark(pod, id, |timeline, now| timeline.storage_opened = Some(now));
-        let serials = attach(pod, &mut plan, &attachments, attached).await?;
-        Ok::<_, Error>((plan, serials, attachments.volumes))
+        let disks = attach(pod, &mut plan, &attachments, attached).await?;
+        Ok::<_, Error>((plan, disks, attachments.volumes))
     };
     let io = async {
         let io = Io::open(stdio, id, &pod.spec.namespace).await?;
@@ -155,7 +155,7 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
     // Kept before anything is returned, so that the failure of one undoes the others.
     let io = io.map(|io| Arc::clone(made_io.insert(io)));
     let (task, io) = (task?, io?);
-    let (plan, serials, files_volumes) = storage?;
+    let (plan, disks, files_volumes) = storage?;
     *tokens = io.token_list();
     pod.router.expect(tokens, &io);
 
@@ -171,8 +171,8 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
     let request = CreateContainerRequest {
         container_id: id.to_owned(),
         spec: spec_json,
-        rootfs: plan.agent_rootfs(&serials),
-        mounts: plan.agent_mounts(&serials),
+        rootfs: plan.agent_rootfs(&disks),
+        mounts: plan.agent_mounts(&disks),
         read_only_rootfs: plan.read_only_rootfs,
         stdio: Some(io.tokens()).into(),
         terminal_rows: u32::try_from(rows).unwrap_or(0),
@@ -224,26 +224,26 @@ async fn open_storage(
     }
 }
 
-/// Gives shares and block devices to the VM; notes each. Returns the block devices' serials in order.
+/// Gives shares and disks to the VM; notes each. Returns the disks' names in order.
 async fn attach(
     pod: &Pod,
     plan: &mut Plan,
     attachments: &Attachments,
     attached: &mut Attached,
-) -> Result<Vec<String>, Error> {
+) -> Result<Vec<DiskName>, Error> {
     let vm = pod.vm()?;
     for share in &attachments.shares {
         let shown = pod.shares.show(vm, share).await?;
         plan.rename_share(&share.name, &shown.name);
         attached.shares.push(shown);
     }
-    let mut serials = Vec::with_capacity(attachments.blocks.len());
-    for block in &attachments.blocks {
-        let block = vm.attach_block(block.fd.as_fd(), block.read_only).await?;
-        serials.push(block.serial.clone());
+    let mut names = Vec::with_capacity(attachments.disks.len());
+    for disk in &attachments.disks {
+        let block = vm.attach_disk(disk).await?;
+        names.push(disk.named(&block.serial));
         attached.blocks.push(block);
     }
-    Ok(serials)
+    Ok(names)
 }
 
 /// Makes a container that is complete known.

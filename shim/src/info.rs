@@ -11,6 +11,14 @@ use crate::RUNTIME_NAME;
 /// The type containerd gives the OCI features structure (runtime-spec, features.md), in JSON.
 const FEATURES_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
+/// Mounts of a root file system that containerd (2.2 and later, core/mount/manager) leaves to the runtime, as a list of
+/// transformations and types.
+const ALLOW_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
+
+/// All that its erofs snapshotter uses: layers reach the guest as files, and nothing is mounted, made or formatted on
+/// the host.
+const ALLOWED_MOUNTS: &str = "mkfs/*,mkdir/*,format/*,erofs";
+
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum InfoError {
@@ -40,6 +48,7 @@ pub fn runtime_info() -> Result<Vec<u8>, InfoError> {
             value: features().to_string().into_bytes(),
             ..Any::default()
         }),
+        annotations: [(ALLOW_MOUNTS.to_owned(), ALLOWED_MOUNTS.to_owned())].into(),
         ..RuntimeInfo::default()
     };
     Ok(info.write_to_bytes()?)
@@ -183,6 +192,12 @@ mod tests {
     fn features_are_valid_and_promise_nothing_untrue() {
         let info = RuntimeInfo::parse_from_bytes(&runtime_info().unwrap()).unwrap();
         assert_eq!(info.name, "io.containerd.kata-rs.v2");
+        // What containerd splits at commas and compares with `TRANSFORMATION/*` and the type.
+        let allowed = &info.annotations["containerd.io/runtime-allow-mounts"];
+        assert_eq!(
+            allowed.split(',').collect::<Vec<_>>(),
+            ["mkfs/*", "mkdir/*", "format/*", "erofs"]
+        );
         assert_eq!(info.features.type_url, FEATURES_TYPE_URL);
         let features: oci_spec::runtime::Features = serde_json::from_slice(&info.features.value).unwrap();
         assert_eq!(features.oci_version_min(), "1.0.0");

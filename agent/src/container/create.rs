@@ -64,7 +64,7 @@ pub(super) fn make(
             return Err(error.into());
         }
     };
-    let process = || -> Result<_, Error> {
+    let mut process = || -> Result<_, Error> {
         if let Some(resources) = &spec.linux.resources {
             cgroup.apply(resources)?;
         }

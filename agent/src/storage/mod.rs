@@ -5,6 +5,7 @@
 
 mod block;
 mod files;
+mod partition;
 mod source;
 mod volume;
 
@@ -15,12 +16,13 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use protocol::agent::Mount;
-use rustix::fs::{Mode, OFlags, open};
+use protocol::agent::{Directory, Mount};
+use rustix::fs::{Gid, Mode, OFlags, Uid, fchmod, fchown, mkdirat, open, openat};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
 pub use self::files::FilesError;
+use self::partition::Partitions;
 use self::source::{Origin, c_string, explain, inside, invalid, make, of_namespaces};
 use self::volume::Volumes;
 use crate::container::child::{Step, Tree};
@@ -56,6 +58,13 @@ pub enum StorageError {
     /// No block device with this serial.
     #[error("no block device with serial {serial:?} appeared in the guest: {why}")]
     BlockMissing { serial: String, why: String },
+    /// A partition cannot come or go.
+    #[error("the partitions of disk {serial:?}: cannot {what}: {source}")]
+    Partition {
+        what: String,
+        serial: String,
+        source: Errno,
+    },
     /// The kernel does not mount it.
     #[error("cannot mount {what} at {target:?}: {why}")]
     Mount {
@@ -137,6 +146,7 @@ pub struct Storage {
     fd: OwnedFd,
     /// In the order they were made.
     mounted: Vec<PathBuf>,
+    partitions: Partitions,
 }
 
 impl Storage {
@@ -174,6 +184,7 @@ impl Storage {
             directory,
             fd,
             mounted: Vec::new(),
+            partitions: Partitions::default(),
         };
         for mount in rootfs {
             if let Err(error) = this.mount(layout, mount) {
@@ -192,7 +203,10 @@ impl Storage {
     }
 
     fn mount(&mut self, layout: &Layout, mount: &Mount) -> Result<(), StorageError> {
-        let found = source::find(layout, &self.directory, mount)?;
+        for directory in &mount.directories {
+            self.make(mount, directory)?;
+        }
+        let found = source::find(layout, &self.directory, &mut self.partitions, mount)?;
         let tree = match found.tree {
             Origin::Bind(tree) => tree,
             Origin::New(file_system) => make(&file_system, &mount.target)?,
@@ -215,11 +229,43 @@ impl Storage {
         Ok(())
     }
 
+    /// Makes a directory that a mount wants, unless it is there.
+    fn make(&self, mount: &Mount, directory: &Directory) -> Result<(), StorageError> {
+        let path = inside(&directory.path)
+            .ok_or_else(|| invalid(mount, "a directory leads out of the container's"))?;
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(invalid(mount, "a directory has no name"));
+        };
+        let made = || {
+            let parent = target::open(
+                self.fd.as_fd(),
+                &std::ffi::CString::new(parent.as_os_str().as_bytes())?,
+            )?;
+            let owner = directory.owner.get_or_default();
+            let mode = Mode::from_raw_mode(owner.mode & 0o7777);
+            match mkdirat(&parent, name, mode) {
+                Err(Errno::EXIST) => return Ok(()),
+                result => result?,
+            }
+            let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let made = openat(&parent, name, flags, Mode::empty())?;
+            let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
+            fchown(&made, Some(uid), Some(gid))?;
+            // Whatever the umask left of it.
+            Ok::<_, std::io::Error>(fchmod(&made, mode)?)
+        };
+        made().map_err(|source| StorageError::Directory {
+            what: "make",
+            path: self.directory.join(path),
+            source,
+        })
+    }
+
     /// Prepares the mounts that the child is to put into the container, in order.
     ///
     /// # Errors
     /// [`StorageError`].
-    pub fn container_mounts(&self, layout: &Layout, mounts: &[Mount]) -> Result<Vec<Step>, StorageError> {
+    pub fn container_mounts(&mut self, layout: &Layout, mounts: &[Mount]) -> Result<Vec<Step>, StorageError> {
         mounts
             .iter()
             .map(|mount| {
@@ -229,7 +275,7 @@ impl Storage {
                         "the target must be an absolute path below the container's root",
                     ));
                 }
-                let found = source::find(layout, &self.directory, mount)?;
+                let found = source::find(layout, &self.directory, &mut self.partitions, mount)?;
                 let tree = match found.tree {
                     Origin::Bind(tree) => Tree::Detached(tree.into()),
                     Origin::New(file_system) if of_namespaces(&file_system) => Tree::New(file_system),
@@ -250,15 +296,11 @@ impl Storage {
     /// # Errors
     /// The first [`StorageError`]; the rest is removed all the same.
     pub fn remove(&mut self) -> Result<(), StorageError> {
-        let mut first = Ok(());
-        let mut keep = |path: &Path, what, errno: std::io::Error| {
-            if first.is_ok() {
-                first = Err(StorageError::Directory {
-                    what,
-                    path: path.to_path_buf(),
-                    source: errno,
-                });
-            }
+        let mut results = Vec::new();
+        let fail = |path: &Path, what, source: std::io::Error| StorageError::Directory {
+            what,
+            path: path.to_path_buf(),
+            source,
         };
         for path in self.mounted.drain(..).rev() {
             let result = match unmount(&path, UnmountFlags::NOFOLLOW) {
@@ -266,16 +308,13 @@ impl Storage {
                 Err(Errno::BUSY) => unmount(&path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH),
                 result => result,
             };
-            if let Err(errno) = result {
-                keep(&path, "unmount", errno.into());
-            }
+            results.push(result.map_err(|errno| fail(&path, "unmount", errno.into())));
         }
+        results.push(self.partitions.remove());
         let result = std::fs::symlink_metadata(&self.directory)
             .and_then(|directory| remove_tree(&self.directory, directory.dev()));
-        if let Err(error) = result {
-            keep(&self.directory, "remove", error);
-        }
-        first
+        results.push(result.map_err(|error| fail(&self.directory, "remove", error)));
+        results.into_iter().collect()
     }
 }
 

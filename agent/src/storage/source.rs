@@ -10,6 +10,7 @@ use protocol::agent::mount::Source;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2};
 use rustix::io::Errno;
 
+use super::partition::Partitions;
 use super::{Layout, StorageError, block};
 use crate::container::mount::{self, FileSystem, MakeError, Options};
 use crate::container::target::{self, Kind};
@@ -128,11 +129,16 @@ pub fn c_string(mount: &Mount, bytes: &[u8]) -> Result<CString, StorageError> {
     CString::new(bytes).map_err(|_| invalid(mount, "contains a zero byte"))
 }
 
-/// Finds what a mount is of. `directory` is the container's.
+/// Finds what a mount is of. `directory` is the container's, `partitions` are those of its disks.
 ///
 /// # Errors
 /// [`StorageError`].
-pub fn find(layout: &Layout, directory: &Path, mount: &Mount) -> Result<Found, StorageError> {
+pub fn find(
+    layout: &Layout,
+    directory: &Path,
+    partitions: &mut Partitions,
+    mount: &Mount,
+) -> Result<Found, StorageError> {
     match &mount.source {
         Some(Source::Share(share)) => {
             layout.mount_shares()?;
@@ -171,9 +177,27 @@ pub fn find(layout: &Layout, directory: &Path, mount: &Mount) -> Result<Found, S
             .map_err(missing)?;
             bind(mount, source.as_fd(), path.display().to_string())
         }
+        Some(Source::Block(disk)) if disk.file_system.is_empty() => {
+            let device = block::find(&disk.serial)?;
+            let node = open(&device, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|source| {
+                StorageError::PathMissing {
+                    path: device.clone(),
+                    source,
+                }
+            })?;
+            bind(mount, node.as_fd(), device.display().to_string())
+        }
         Some(Source::Block(block)) => {
             let mut options = options(mount, false)?;
-            let device = block::find(&block.serial)?;
+            let device = match block.part.as_ref() {
+                Some(part) => partitions.add(&block.serial, part)?,
+                None => block::find(&block.serial)?,
+            };
+            for part in &block.devices {
+                let further = partitions.add(&block.serial, part)?;
+                let further = c_string(mount, further.as_os_str().as_bytes())?;
+                options.parameters.push((c"device".into(), Some(further)));
+            }
             // A device that cannot be written needs a file system that does not try (mount(8), "ro").
             if mount.options.iter().any(|word| word == "ro") {
                 options.parameters.push((c"ro".into(), None));

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use protocol::vmm::MAX_EXTENTS;
+
 use crate::error::{ErrorKind, kind_of_io};
 
 /// Why storage could not be planned or opened.
@@ -135,6 +137,69 @@ pub enum StorageError {
         /// Its size.
         bytes: u64,
     },
+    /// A template of a root file system's mount.
+    #[error("the template in {text:?} cannot be filled in: {reason}")]
+    Template {
+        /// The whole text.
+        text: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A root file system's mount inside another.
+    #[error(
+        "a root file system with a mount on {0:?} is not supported: use a snapshotter that mounts on `/` only"
+    )]
+    RootfsTarget(String),
+    /// More layers than one disk can have.
+    #[error(
+        "the root file system has {0} layers and devices, at most {MAX_EXTENTS} can be attached: build the image with fewer layers"
+    )]
+    TooManyLayers(usize),
+    /// An image or device without the file system that it shall have.
+    #[error("{path} holds no {kind} file system: remove the image and pull it again")]
+    NotFileSystem {
+        /// The image or device.
+        path: PathBuf,
+        /// Which file system it shall have.
+        kind: String,
+    },
+    /// An image whose end is missing.
+    #[error(
+        "{path} has {bytes} of the {wanted} bytes of its file system: remove the image and pull it again"
+    )]
+    Truncated {
+        /// The image.
+        path: PathBuf,
+        /// How much the file system needs.
+        wanted: u64,
+        /// How much there is.
+        bytes: u64,
+    },
+    /// An image that shall be made with a size that it cannot have.
+    #[error("{path} cannot be made with {bytes} bytes: a writable layer has 16 MiB to 16 TiB")]
+    ImageSize {
+        /// The image.
+        path: PathBuf,
+        /// The size.
+        bytes: u64,
+    },
+    /// An image could not be made.
+    #[error("{path} cannot be made as an ext4 image of {bytes} bytes: {cause}")]
+    MakeImage {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// Why not.
+        #[source]
+        cause: io::Error,
+    },
+    /// An upper directory that the guest would not see holds files.
+    #[error(
+        "{0} holds files, and a container with its layers on block devices would not see them: remove the container and \
+         make it anew, or give containerd's erofs snapshotter a default_size"
+    )]
+    UpperInUse(PathBuf),
 }
 
 fn log(messages: &str) -> String {
@@ -156,17 +221,24 @@ impl StorageError {
             | Self::Destination(_)
             | Self::NoSource(_)
             | Self::Kind { .. }
-            | Self::BlockSize { .. } => ErrorKind::InvalidArgument,
+            | Self::BlockSize { .. }
+            | Self::Template { .. }
+            | Self::TooManyLayers(_)
+            | Self::NotFileSystem { .. }
+            | Self::Truncated { .. }
+            | Self::ImageSize { .. } => ErrorKind::InvalidArgument,
             Self::RootfsKind { .. }
+            | Self::RootfsTarget(_)
             | Self::IdMapped(_)
             | Self::SharedPropagation(..)
             | Self::MountKind { .. }
             | Self::Unshareable { .. } => ErrorKind::Unimplemented,
             Self::Missing { .. } => ErrorKind::NotFound,
-            Self::BlockBusy(_) | Self::Replaced(_) => ErrorKind::FailedPrecondition,
-            Self::Open { cause, .. } | Self::Overlay { cause, .. } | Self::Mount { cause, .. } => {
-                kind_of_io(cause)
-            }
+            Self::BlockBusy(_) | Self::Replaced(_) | Self::UpperInUse(_) => ErrorKind::FailedPrecondition,
+            Self::Open { cause, .. }
+            | Self::Overlay { cause, .. }
+            | Self::Mount { cause, .. }
+            | Self::MakeImage { cause, .. } => kind_of_io(cause),
         }
     }
 

@@ -1,14 +1,20 @@
 //! From a snapshotter's mounts and the OCI specification's mounts to what a container sees.
 //!
 //! [`plan`] is a pure function but for looking at paths: it decides what the host opens ([`HostStep`]) and what the
-//! guest mounts. [`realize`] opens: each host step becomes one descriptor that the VMM gets, a detached mount or a
-//! block device. Nothing is ever mounted where another process sees it, so nothing is left over when a process dies.
+//! guest mounts. [`realize`] opens: each host step becomes descriptors that the VMM gets, a detached mount or what a
+//! disk consists of. Nothing is ever mounted where another process sees it, so nothing is left over when a process dies.
 //!
 //! Sending the descriptors to the VMM and the guest's half to the agent is not done here.
 
+mod disk;
 mod error;
+mod ext4;
 pub(crate) mod files;
+mod guest;
 mod kubelet;
+mod layers;
+#[cfg(test)]
+mod layers_tests;
 mod mountinfo;
 mod mounts;
 mod options;
@@ -21,6 +27,7 @@ mod realize_tests;
 mod rootfs;
 mod share;
 mod sys;
+mod template;
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -30,10 +37,14 @@ use protocol::vmm::CachePolicy;
 
 use crate::api::RootfsMount;
 
+pub use disk::{Disk, DiskName, Part};
 pub use error::StorageError;
 pub use files::{FilesVolume, Watch};
 pub use mountinfo::MountTable;
-pub use plan::{Context, FileBind, GuestMount, HostStep, MemoryVolume, MountSource, Overlay, Plan, ReadOnly};
+pub use plan::{
+    Content, Context, Directory, DiskPart, FileBind, GuestMount, HostStep, MemoryVolume, MountSource,
+    NewImage, Overlay, Plan, ReadOnly,
+};
 pub use probe::{FileKind, FileSystem, Host, Owner, Place, SourceInfo, probe, shm_bytes};
 
 /// A directory that the guest shall see.
@@ -49,22 +60,13 @@ pub struct Share {
     pub pooled: bool,
 }
 
-/// A block device that the guest shall see.
-#[derive(Debug)]
-pub struct Block {
-    /// A block device or raw file whose size is a multiple of 512 bytes.
-    pub fd: OwnedFd,
-    /// Whether it was opened for reading only.
-    pub read_only: bool,
-}
-
 /// What a plan's host steps became.
 #[derive(Debug, Default)]
 pub struct Attachments {
     /// In the plan's order.
     pub shares: Vec<Share>,
-    /// In the plan's order: [`MountSource::Block`]'s `index` counts these.
-    pub blocks: Vec<Block>,
+    /// In the plan's order: [`MountSource::Block`]'s `disk` counts these.
+    pub disks: Vec<Disk>,
     /// In the plan's order.
     pub volumes: Vec<FilesVolume>,
 }
@@ -95,8 +97,12 @@ pub fn realize(plan: &mut Plan, watch: Watch<'_>) -> Result<Attachments, Storage
     for step in &plan.host {
         let mut is_pooled = false;
         let (name, fd, cache) = match step {
-            HostStep::Block { source, read_only } => {
-                attachments.blocks.push(rootfs::open_block(source, *read_only)?);
+            HostStep::Disk { parts } => {
+                attachments.disks.push(disk::open(parts)?);
+                continue;
+            }
+            HostStep::Unseen { directory } => {
+                disk::must_be_empty(directory)?;
                 continue;
             }
             HostStep::Overlay { share, overlay } => {

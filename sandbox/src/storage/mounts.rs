@@ -107,6 +107,7 @@ impl Plan {
                 source,
                 target: target.to_string_lossy().into_owned(),
                 options,
+                directories: Vec::new(),
             });
         }
         if !files.is_empty() {

@@ -6,23 +6,20 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::Spec;
-use protocol::agent;
 use protocol::vmm::CachePolicy;
 
 use super::error::StorageError;
 use super::options;
 use super::probe::{FileKind, Owner, Place, SourceInfo};
+use super::template::is_template;
 use crate::api::RootfsMount;
 
 /// Where the agent wants the root file system (agent.proto, `CreateContainerRequest.rootfs`).
-const ROOTFS_TARGET: &str = "/rootfs";
-
-/// File systems on a block device that the guest's kernel can mount.
-const BLOCK_FILE_SYSTEMS: [&str; 3] = ["ext4", "xfs", "erofs"];
+pub(super) const ROOTFS_TARGET: &str = "/rootfs";
 
 /// What is supported, for errors.
-const SUPPORTED: &str = "use a snapshotter that gives one overlay, bind, ext4, xfs or erofs mount (overlayfs, native, \
-                         devmapper, blockfile), or a directory as `root.path`";
+pub(super) const SUPPORTED: &str = "use a snapshotter that gives overlay, bind, ext4, xfs or erofs mounts (overlayfs, \
+                                    native, devmapper, blockfile, erofs), or a directory as `root.path`";
 
 /// What a plan is made for.
 #[derive(Clone, Copy, Debug)]
@@ -116,13 +113,56 @@ pub enum HostStep {
         /// The files, by position.
         files: Vec<FileBind>,
     },
-    /// A block device or an image file.
-    Block {
-        /// The device or file on the host.
-        source: PathBuf,
-        /// Whether the guest may only read.
-        read_only: bool,
+    /// One disk for the guest.
+    Disk {
+        /// What it consists of, one behind the other.
+        parts: Vec<DiskPart>,
     },
+    /// Nothing is opened, but a directory must be empty: the guest has something else in its place.
+    Unseen {
+        /// The directory on the host.
+        directory: PathBuf,
+    },
+}
+
+/// A part of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskPart {
+    /// The device or file on the host.
+    pub source: PathBuf,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// What must be in it.
+    pub content: Content,
+}
+
+/// What a part of a disk must hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Anything.
+    Any,
+    /// A file system of this type.
+    FileSystem(String),
+    /// An ext4 file system, made when there is no such file.
+    Made(NewImage),
+}
+
+/// How an image is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewImage {
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// The file system's UUID; a random one when absent.
+    pub uuid: Option<String>,
+}
+
+/// A directory that the guest makes for a mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Directory {
+    /// Relative to the container's storage directory.
+    pub path: String,
+    /// Whose it is, and its permission bits.
+    pub owner: Owner,
 }
 
 /// Where a guest's mount comes from.
@@ -135,12 +175,16 @@ pub enum MountSource {
         /// Relative to its root; empty for the root.
         path: String,
     },
-    /// A block device.
+    /// A part of a disk.
     Block {
-        /// Which of the plan's block devices.
-        index: usize,
+        /// Which of the plan's disks.
+        disk: usize,
+        /// Which of its parts.
+        part: usize,
         /// The file system on it.
         file_system: String,
+        /// Parts of the same disk that the file system has as further devices, in order.
+        devices: Vec<usize>,
     },
     /// A file system of the guest's kernel.
     Kernel {
@@ -158,7 +202,7 @@ pub enum MountSource {
     },
     /// A path in the guest's own tree.
     Guest {
-        /// The path, absolute.
+        /// The path: absolute, or below the container's storage directory.
         path: String,
     },
 }
@@ -172,6 +216,8 @@ pub struct GuestMount {
     pub target: String,
     /// mount(8) option words.
     pub options: Vec<String>,
+    /// What the guest makes before.
+    pub directories: Vec<Directory>,
 }
 
 /// A volume in the guest's memory that the pod's containers fill themselves.
@@ -233,46 +279,11 @@ impl Plan {
         };
         match rootfs {
             [] => plan.rootfs_from_directory(context, spec, probe)?,
-            [mount] if matches!(mount.target.as_str(), "" | "/") => {
-                plan.rootfs_from_mount(context, mount, probe)?;
-            }
-            several => {
-                let kinds: Vec<&str> = several.iter().map(|mount| mount.kind.as_str()).collect();
-                return Err(StorageError::RootfsKind {
-                    kind: kinds.join(" + "),
-                    cure: SUPPORTED,
-                });
-            }
+            [mount] if mount.is_shared() => plan.rootfs_from_mount(context, mount, probe)?,
+            list => plan.rootfs_from_list(context, list)?,
         }
         plan.add_mounts(context, spec, probe)?;
         Ok(plan)
-    }
-
-    /// The root file system's mounts in the agent's words. `serials[n]` is the serial of the n-th block device.
-    #[must_use]
-    pub fn agent_rootfs(&self, serials: &[String]) -> Vec<agent::Mount> {
-        self.rootfs.iter().map(|mount| mount.to_agent(serials)).collect()
-    }
-
-    /// The container's mounts in the agent's words. `serials[n]` is the serial of the n-th block device.
-    #[must_use]
-    pub fn agent_mounts(&self, serials: &[String]) -> Vec<agent::Mount> {
-        self.mounts.iter().map(|mount| mount.to_agent(serials)).collect()
-    }
-
-    /// The pod's volumes in memory in the agent's words.
-    #[must_use]
-    pub fn agent_volumes(&self) -> Vec<agent::Volume> {
-        let to_agent = |volume: &MemoryVolume| {
-            let mut empty = agent::EmptyVolume::new();
-            empty.size_bytes = volume.bytes;
-            empty.root = Some(volume.root.to_agent()).into();
-            let mut wanted = agent::Volume::new();
-            wanted.name.clone_from(&volume.name);
-            wanted.content = Some(agent::volume::Content::Empty(empty));
-            wanted
-        };
-        self.volumes.iter().map(to_agent).collect()
     }
 
     /// Gives a share the name under which the guest has it.
@@ -333,12 +344,12 @@ impl Plan {
         if let Some(option) = mount
             .options
             .iter()
-            .find(|word| word.contains("{{") || word.starts_with("X-containerd."))
+            .find(|word| is_template(word) || word.starts_with("X-containerd."))
         {
             return Err(StorageError::Option {
                 what: mount.kind.clone(),
                 option: option.clone(),
-                reason: "containerd must make this mount itself",
+                reason: "a mount of this type has nothing to fill in or to make",
             });
         }
         let read_only = options::read_only(&mount.options) != ReadOnly::No;
@@ -347,83 +358,35 @@ impl Plan {
         } else {
             Vec::new()
         };
-        let is_bind = matches!(mount.kind.as_str(), "" | "none")
-            && mount.options.iter().any(|word| options::is_bind(word));
-        match mount.kind.as_str() {
-            "overlay" => {
-                let overlay = Overlay::parse(&mount.options)?;
-                self.share_rootfs(context, flags, |share| HostStep::Overlay { share, overlay });
-            }
-            kind if kind == "bind" || is_bind => {
-                let source = clean(&context.bundle.join(&mount.source));
-                must_be_directory(&source, probe)?;
-                let recursive = mount.options.iter().any(|word| word == "rbind");
-                self.share_rootfs(context, flags, |share| HostStep::Directory {
-                    share,
-                    source,
-                    recursive,
-                    read_only: if read_only {
-                        ReadOnly::Recursive
-                    } else {
-                        ReadOnly::No
-                    },
-                    receive_unmounts: false,
-                    cache: CachePolicy::Exclusive,
-                    place: None,
-                    pooled: false,
-                });
-            }
-            kind if BLOCK_FILE_SYSTEMS.contains(&kind) => self.rootfs_from_block(context, mount)?,
-            kind => {
-                return Err(StorageError::RootfsKind {
-                    kind: kind.to_owned(),
-                    cure: SUPPORTED,
-                });
-            }
+        if mount.kind == "overlay" {
+            let overlay = Overlay::parse(&mount.options)?;
+            self.share_rootfs(context, flags, |share| HostStep::Overlay { share, overlay });
+            return Ok(());
         }
-        Ok(())
-    }
-
-    /// A block device, or a file that containerd would put behind a loop device.
-    fn rootfs_from_block(&mut self, context: Context<'_>, mount: &RootfsMount) -> Result<(), StorageError> {
-        // EROFS is never written, with `ro` or without.
-        let read_only = mount.kind == "erofs" || options::read_only(&mount.options) != ReadOnly::No;
-        let mut words = Vec::new();
-        for word in &mount.options {
-            match word.split_once('=').map_or(word.as_str(), |(key, _)| key) {
-                "loop" | "ro" | "rw" => {}
-                "offset" | "sizelimit" | "device" => {
-                    return Err(StorageError::Option {
-                        what: mount.kind.clone(),
-                        option: word.clone(),
-                        reason: "only whole devices and files can be attached",
-                    });
-                }
-                _ if options::is_comment(word) => {}
-                _ => words.push(word.clone()),
-            }
-        }
-        if read_only {
-            words.push("ro".to_owned());
-        }
-        self.rootfs.push(GuestMount {
-            source: MountSource::Block {
-                index: self.blocks(),
-                file_system: mount.kind.clone(),
+        let source = clean(&context.bundle.join(&mount.source));
+        must_be_directory(&source, probe)?;
+        let recursive = mount.options.iter().any(|word| word == "rbind");
+        self.share_rootfs(context, flags, |share| HostStep::Directory {
+            share,
+            source,
+            recursive,
+            read_only: if read_only {
+                ReadOnly::Recursive
+            } else {
+                ReadOnly::No
             },
-            target: ROOTFS_TARGET.to_owned(),
-            options: words,
-        });
-        self.host.push(HostStep::Block {
-            source: clean(&context.bundle.join(&mount.source)),
-            read_only,
+            receive_unmounts: false,
+            cache: CachePolicy::Exclusive,
+            place: None,
+            pooled: false,
         });
         Ok(())
     }
 
-    fn blocks(&self) -> usize {
-        let is_block = |step: &&HostStep| matches!(step, HostStep::Block { .. });
-        self.host.iter().filter(is_block).count()
+    /// How many disks there are so far.
+    pub(super) fn disks(&self) -> usize {
+        let is_disk = |step: &&HostStep| matches!(step, HostStep::Disk { .. });
+        self.host.iter().filter(is_disk).count()
     }
 
     fn share_rootfs(
@@ -442,58 +405,21 @@ impl Plan {
             },
             target: ROOTFS_TARGET.to_owned(),
             options: flags,
+            directories: Vec::new(),
         });
     }
 }
 
-impl GuestMount {
-    fn to_agent(&self, serials: &[String]) -> agent::Mount {
-        use agent::mount::Source;
-        let mut mount = agent::Mount::new();
-        mount.source = Some(match &self.source {
-            MountSource::Share { name, path } => Source::Share(agent::ShareSource {
-                name: name.clone(),
-                path: path.clone(),
-                ..Default::default()
-            }),
-            MountSource::Block { index, file_system } => Source::Block(agent::BlockSource {
-                serial: serials.get(*index).cloned().unwrap_or_default(),
-                file_system: file_system.clone(),
-                ..Default::default()
-            }),
-            MountSource::Kernel { file_system } => Source::Kernel(agent::KernelSource {
-                file_system: file_system.clone(),
-                ..Default::default()
-            }),
-            MountSource::Volume {
-                name,
-                path,
-                directory,
-            } => Source::Volume(agent::VolumeSource {
-                name: name.clone(),
-                path: path.clone(),
-                directory: directory.map(Owner::to_agent).into(),
-                ..Default::default()
-            }),
-            MountSource::Guest { path } => Source::Guest(agent::GuestSource {
-                path: path.clone(),
-                ..Default::default()
-            }),
-        });
-        mount.target.clone_from(&self.target);
-        mount.options.clone_from(&self.options);
-        mount
-    }
-}
-
-impl Owner {
-    pub(super) fn to_agent(self) -> agent::Owner {
-        agent::Owner {
-            uid: self.uid,
-            gid: self.gid,
-            mode: self.mode,
-            ..Default::default()
-        }
+impl RootfsMount {
+    /// Whether the host mounts it and shares it: an overlay or a directory, alone and on `/`.
+    fn is_shared(&self) -> bool {
+        let binds = self.options.iter().any(|word| options::is_bind(word));
+        let kind = match self.kind.as_str() {
+            "overlay" | "bind" => true,
+            "" | "none" => binds,
+            _ => false,
+        };
+        kind && matches!(self.target.as_str(), "" | "/")
     }
 }
 

@@ -66,7 +66,7 @@ fn spec(members: &str) -> Spec {
     serde_json::from_str(&format!(r#"{{"ociVersion":"1.2.0"{members}}}"#)).unwrap()
 }
 
-fn rootfs(kind: &str, source: &str, options: &str) -> RootfsMount {
+pub(super) fn rootfs(kind: &str, source: &str, options: &str) -> RootfsMount {
     RootfsMount {
         kind: kind.into(),
         source: source.into(),
@@ -79,7 +79,7 @@ fn words(options: &str) -> Vec<String> {
     options.split_whitespace().map(str::to_owned).collect()
 }
 
-fn planned(rootfs: &[RootfsMount]) -> Result<Plan, StorageError> {
+pub(super) fn planned(rootfs: &[RootfsMount]) -> Result<Plan, StorageError> {
     Plan::new(context(), &spec(""), rootfs, &host)
 }
 
@@ -106,17 +106,18 @@ fn share(name: &str, path: &str) -> MountSource {
     }
 }
 
-fn kernel(file_system: &str) -> MountSource {
+pub(super) fn kernel(file_system: &str) -> MountSource {
     MountSource::Kernel {
         file_system: file_system.into(),
     }
 }
 
-fn guest(source: MountSource, target: &str, options: &str) -> GuestMount {
+pub(super) fn guest(source: MountSource, target: &str, options: &str) -> GuestMount {
     GuestMount {
         source,
         target: target.into(),
         options: words(options),
+        directories: Vec::new(),
     }
 }
 
@@ -163,10 +164,10 @@ fn an_overlay_that_contradicts_itself_is_refused() {
         ("lowerdir=/l workdir=/w", "\"upperdir\""),
         ("lowerdir=/l::/data", "\"lowerdir=/l::/data\""),
         (r"lowerdir=/l\", "lowerdir=/l"),
-        ("lowerdir={{mount:0}}", "containerd must make this mount itself"),
+        ("lowerdir={{mount:0}}", "has nothing to fill in or to make"),
         (
             "X-containerd.mkdir.path=/u lowerdir=/l",
-            "containerd must make this mount itself",
+            "has nothing to fill in or to make",
         ),
     ] {
         let error = planned(&[rootfs("overlay", "overlay", options)])
@@ -201,31 +202,41 @@ fn a_bind_is_shared_as_deep_and_as_writable_as_it_is() {
 #[test]
 fn a_block_device_or_image_is_attached() {
     let plan = planned(&[rootfs("xfs", "/dev/mapper/pool-snap-1", "nouuid discard")]).unwrap();
-    let step = |source: &str, read_only| HostStep::Block {
-        source: source.into(),
-        read_only,
+    let step = |source: &str, read_only, kind: &str| HostStep::Disk {
+        parts: vec![DiskPart {
+            source: source.into(),
+            read_only,
+            content: Content::FileSystem(kind.into()),
+        }],
     };
-    assert_eq!(plan.host, [step("/dev/mapper/pool-snap-1", false)]);
+    assert_eq!(plan.host, [step("/dev/mapper/pool-snap-1", false, "xfs")]);
     let block = |file_system: &str| MountSource::Block {
-        index: 0,
+        disk: 0,
+        part: 0,
         file_system: file_system.into(),
+        devices: Vec::new(),
     };
     assert_eq!(plan.rootfs, [guest(block("xfs"), "/rootfs", "nouuid discard")]);
-    let [mount] = &plan.agent_rootfs(&["serial-7".into()])[..] else {
+    let disk = DiskName {
+        serial: "serial-7".into(),
+        parts: vec![(0, 1 << 20)],
+    };
+    let [mount] = &plan.agent_rootfs(&[disk])[..] else {
         panic!("one mount");
     };
+    assert!(mount.block().part.is_none(), "the whole disk");
     assert_eq!(mount.block().serial, "serial-7");
     assert_eq!(mount.block().file_system, "xfs");
 
     let plan = planned(&[rootfs("ext4", "/images/1", "loop ro x-comment=1 noatime")]).unwrap();
-    assert_eq!(plan.host, [step("/images/1", true)]);
+    assert_eq!(plan.host, [step("/images/1", true, "ext4")]);
     assert_eq!(plan.rootfs, [guest(block("ext4"), "/rootfs", "noatime ro")]);
     assert_eq!(
         planned(&[rootfs("erofs", "/l.erofs", "loop")]).unwrap().host,
-        [step("/l.erofs", true)]
+        [step("/l.erofs", true, "erofs")]
     );
-    for option in ["offset=512", "device=/x.erofs"] {
-        let error = planned(&[rootfs("erofs", "/l.erofs", option)])
+    for (kind, option) in [("erofs", "offset=512"), ("ext4", "device=/x.erofs")] {
+        let error = planned(&[rootfs(kind, "/l.erofs", option)])
             .unwrap_err()
             .to_string();
         assert!(error.contains(option), "{error}");
@@ -264,14 +275,12 @@ fn without_mounts_the_root_path_is_shared() {
 #[test]
 fn forms_of_root_file_systems_that_are_not_supported_are_named() {
     let of = |mounts: &[RootfsMount]| planned(mounts).unwrap_err().to_string();
-    assert!(of(&[rootfs("format/mkdir/overlay", "overlay", "lowerdir=/l")]).contains("format/mkdir/overlay"));
     assert!(of(&[rootfs("btrfs", "/dev/x", "")]).contains("\"btrfs\" is not supported: use a snapshotter"));
-    let several = [
-        rootfs("erofs", "/1", ""),
-        rootfs("erofs", "/2", ""),
-        rootfs("overlay", "", ""),
-    ];
-    assert!(of(&several).contains("\"erofs + erofs + overlay\""));
+    let inside = RootfsMount {
+        target: "/var".into(),
+        ..rootfs("bind", "/data", "rbind")
+    };
+    assert!(of(&[inside]).contains("\"/var\""));
 }
 
 #[test]

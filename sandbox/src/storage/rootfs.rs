@@ -1,18 +1,16 @@
-//! Root file systems: overlays as detached mounts, and block devices.
+//! Root file systems as detached mounts: overlays.
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{CWD, FlockOperation, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags};
 
-use super::Block;
 use super::error::StorageError;
 use super::plan::Overlay;
-use super::probe::{FileKind, inspect, open_path};
+use super::probe::{FileKind, open_path};
 use super::share::open_kind;
 use super::sys::{attr, clone_tree, in_private_namespace, set_attributes};
 
@@ -179,50 +177,4 @@ fn kernel_messages(context: &OwnedFd) -> String {
         }
     }
     messages.join("; ")
-}
-
-/// Opens a block device, or a raw image file, for one guest.
-pub(super) fn open_block(path: &Path, read_only: bool) -> Result<Block, StorageError> {
-    const WHAT: &str = "the block device";
-    let opening = |cause: io::Error| StorageError::opening(WHAT, path, cause);
-    let place = open_path(path).map_err(opening)?;
-    let kind = inspect(place.as_fd()).map_err(opening)?.kind;
-    let mut flags = OFlags::CLOEXEC | if read_only { OFlags::RDONLY } else { OFlags::RDWR };
-    match kind {
-        // Without O_CREAT, O_EXCL means: not while the host has it mounted or in another use (open(2)).
-        FileKind::BlockDevice => flags.set(OFlags::EXCL, !read_only),
-        FileKind::File => {}
-        _ => {
-            return Err(StorageError::Kind {
-                what: WHAT,
-                path: path.to_owned(),
-                expected: "a block device or an image file",
-            });
-        }
-    }
-    // Through the descriptor that was looked at: the path may lead elsewhere by now.
-    let fd = match rustix::fs::openat(CWD, name_of(&place).as_str(), flags, Mode::empty()) {
-        Err(Errno::BUSY) => return Err(StorageError::BlockBusy(path.to_owned())),
-        other => other.map_err(|errno| opening(errno.into()))?,
-    };
-    if kind == FileKind::File {
-        // Held by every copy of the descriptor, so until the VMM closes its.
-        let lock = if read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        match rustix::fs::flock(&fd, lock) {
-            Err(Errno::WOULDBLOCK) => return Err(StorageError::BlockBusy(path.to_owned())),
-            other => other.map_err(|errno| opening(errno.into()))?,
-        }
-    }
-    let bytes = rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(|errno| opening(errno.into()))?;
-    if bytes == 0 || bytes % 512 != 0 {
-        return Err(StorageError::BlockSize {
-            path: path.to_owned(),
-            bytes,
-        });
-    }
-    Ok(Block { fd, read_only })
 }

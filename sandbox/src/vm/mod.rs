@@ -13,14 +13,15 @@ use std::time::Duration;
 
 use protocol::stream::VsockOpen;
 use protocol::vmm::{
-    BlockBacking, CachePolicy, Failure, FdIndex, Metrics, NetBacking, Reply, Request, RequestBody, Share,
-    Timeline,
+    BlockBacking, BlockExtent, CachePolicy, Failure, FdIndex, Metrics, NetBacking, Reply, Request,
+    RequestBody, Share, Timeline,
 };
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 
 use crate::seqpacket::Seqpacket;
 use crate::spawn::{Child, Ended};
+use crate::storage::Disk;
 
 pub use end::VmExit;
 pub(crate) use end::console_words;
@@ -127,12 +128,8 @@ impl Vm {
             .map(drop)
     }
 
-    /// Puts a file or device into a free block slot.
-    pub async fn attach_block(
-        &self,
-        backing: BorrowedFd<'_>,
-        read_only: bool,
-    ) -> Result<AttachedBlock, VmError> {
+    /// Puts a disk into a free block slot.
+    pub async fn attach_disk(&self, disk: &Disk) -> Result<AttachedBlock, VmError> {
         let (index, first) = {
             let mut slots = lock(&self.slots);
             let all = slots.all;
@@ -140,9 +137,20 @@ impl Vm {
         };
         let body = RequestBody::AttachBlock {
             slot: first + index,
-            backing: BlockBacking::whole(FdIndex(0), read_only),
+            backing: BlockBacking {
+                extents: (0..)
+                    .zip(&disk.parts)
+                    .map(|(index, part)| BlockExtent {
+                        fd: FdIndex(index),
+                        length: Some(part.length),
+                        read_only: part.read_only,
+                    })
+                    .collect(),
+                limit: None,
+            },
         };
-        match self.request("attach a block device", body, &[backing]).await {
+        let fds: Vec<_> = disk.parts.iter().map(|part| part.fd.as_fd()).collect();
+        match self.request("attach a block device", body, &fds).await {
             Ok(_) => Ok(AttachedBlock {
                 slot: index,
                 serial: slot_serial(index),
