@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer, de};
 
 use crate::annotations::{AnnotationError, EnabledAnnotations};
 use crate::error::{ErrorKind, kind_of_io};
+use crate::limits::{DeviceLimit, DeviceLimits};
 
 /// Where the configuration is looked for when nobody names one. It may be absent.
 pub const DEFAULT_PATH: &str = "/etc/kata-rs/config.toml";
@@ -71,6 +72,9 @@ pub struct Config {
     debug_console: bool,
     task_api: TaskApi,
     host_network: HostNetwork,
+    block_limit: DeviceLimit,
+    net_rx_limit: DeviceLimit,
+    net_tx_limit: DeviceLimit,
     enable_annotations: EnabledAnnotations,
 }
 
@@ -143,6 +147,9 @@ impl Config {
             debug_console: false,
             task_api: TaskApi::Auto,
             host_network: HostNetwork::Refuse,
+            block_limit: DeviceLimit::default(),
+            net_rx_limit: DeviceLimit::default(),
+            net_tx_limit: DeviceLimit::default(),
             enable_annotations: EnabledAnnotations::default(),
         }
     }
@@ -283,6 +290,15 @@ impl Config {
     #[must_use]
     pub fn host_network(&self) -> HostNetwork {
         self.host_network
+    }
+
+    /// How much each block device and network interface of a VM may do.
+    pub(crate) fn device_limits(&self) -> DeviceLimits {
+        DeviceLimits {
+            block: self.block_limit,
+            net_rx: self.net_rx_limit,
+            net_tx: self.net_tx_limit,
+        }
     }
 
     /// The task API that the shim announces.

@@ -17,6 +17,7 @@ pub mod error;
 mod events;
 pub mod hooks;
 pub mod io;
+mod limits;
 pub mod namespaces;
 mod network;
 mod pause;

@@ -19,6 +19,7 @@ use super::{Answer, Pending, Slots, Vm, VmError, VmExit, lock, slot_serial};
 use crate::boot_files::{self, ImageKind};
 use crate::config::Config;
 use crate::error::Error;
+use crate::limits::DeviceLimits;
 use crate::seqpacket::Seqpacket;
 use crate::spawn::{Command, SpawnError};
 use crate::spec::SandboxSpec;
@@ -54,7 +55,7 @@ pub(crate) fn launch(
     let kvm = boot_files::open_kvm().map_err(VmError::from)?;
     let kernel = boot_files::open_kernel(config.kernel()).map_err(VmError::from)?;
     let (image, image_kind) = boot_files::open_image(config.guest_image()).map_err(VmError::from)?;
-    let (vm, vsock_theirs) = spawn(config.vmm(), &spec.id)?;
+    let (vm, vsock_theirs) = spawn(config.vmm(), &spec.id, config.device_limits())?;
     set_oom_score(vm.pid(), spec.oom_score_adj);
 
     let mut fds = FdList::default();
@@ -142,7 +143,7 @@ impl<'a> FdList<'a> {
 }
 
 /// Spawns the VMM's process and the tasks that listen to it. Returns the VMM's end of the vsock channel too.
-fn spawn(program: &Path, id: &str) -> Result<(Vm, OwnedFd), VmError> {
+fn spawn(program: &Path, id: &str, limits: DeviceLimits) -> Result<(Vm, OwnedFd), VmError> {
     let null = std::fs::File::open("/dev/null").map_err(VmError::Channel)?;
     let (control, control_theirs) = Seqpacket::pair().map_err(VmError::Channel)?;
     let (vsock, vsock_theirs) = Seqpacket::pair().map_err(VmError::Channel)?;
@@ -215,6 +216,7 @@ fn spawn(program: &Path, id: &str) -> Result<(Vm, OwnedFd), VmError> {
             all: 0,
             first: 0,
         }),
+        limits,
         exit,
     };
     Ok((vm, vsock_theirs))

@@ -19,6 +19,7 @@ use protocol::vmm::{
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 
+use crate::limits::DeviceLimits;
 use crate::seqpacket::Seqpacket;
 use crate::spawn::{Child, Ended};
 use crate::storage::Disk;
@@ -59,6 +60,7 @@ pub(crate) struct Vm {
     vsock: Arc<Seqpacket>,
     pending: Arc<Mutex<Pending>>,
     slots: Mutex<Slots>,
+    limits: DeviceLimits,
     exit: watch::Receiver<Option<Arc<VmExit>>>,
 }
 
@@ -146,7 +148,7 @@ impl Vm {
                         read_only: part.read_only,
                     })
                     .collect(),
-                limit: None,
+                limit: self.limits.block.rate_limit(),
             },
         };
         let fds: Vec<_> = disk.parts.iter().map(|part| part.fd.as_fd()).collect();
@@ -180,8 +182,8 @@ impl Vm {
             slot: u32::try_from(slot).unwrap_or(u32::MAX),
             backing: NetBacking {
                 tap: FdIndex(0),
-                receive_limit: None,
-                transmit_limit: None,
+                receive_limit: self.limits.net_rx.rate_limit(),
+                transmit_limit: self.limits.net_tx.rate_limit(),
             },
         };
         self.request("connect a network device", body, &[tap])

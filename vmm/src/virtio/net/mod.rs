@@ -4,8 +4,8 @@
 //! This file is the device, its configuration, and the handle. [`tap`] is the interface, [`worker`] the thread in
 //! between, [`posted`] the buffers for frames to come, [`header`] what is said about each frame.
 //!
-//! An empty slot is a device without link, which costs no thread. What offloads a tap can do is settled when the
-//! driver starts, by the tap that is there then; segmentation of UDP is only promised by a slot that is filled.
+//! An empty slot is a device without link, which costs no thread. What offloads it has is settled when the driver
+//! starts; segmentation of UDP is only promised by a slot that has had a tap by then which does it.
 
 mod header;
 mod posted;
@@ -73,7 +73,7 @@ pub enum SlotError {
 pub struct NetState {
     /// What the guest reads as the device's address.
     pub mac: [u8; 6],
-    /// The features that are offered: they were settled by what was in the slot at the start.
+    /// The features that are offered.
     pub features: u64,
     /// Whether the guest sees the link up.
     pub link_up: bool,
@@ -102,7 +102,6 @@ impl Backing {
 /// The device.
 pub struct Net {
     mac: [u8; 6],
-    features: u64,
     slot: Arc<Slot>,
     violations: Arc<Violations>,
 }
@@ -115,7 +114,17 @@ pub struct NetHandle(Arc<Slot>);
 #[derive(Default)]
 struct Common {
     link_up: AtomicBool,
+    /// Whether there was ever a tap that segments UDP. It stays: what was offered once is not taken back.
+    has_uso: AtomicBool,
     counters: Counters,
+}
+
+impl Common {
+    fn learn(&self, backing: Option<&Backing>) {
+        if backing.is_some_and(|backing| backing.tap.has_uso()) {
+            self.has_uso.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 #[derive(Default)]
@@ -177,9 +186,9 @@ impl Net {
     /// A device that the guest knows by `mac`.
     #[must_use]
     pub fn new(mac: [u8; 6], backing: Option<Backing>) -> (Self, NetHandle) {
-        let has_uso = backing.as_ref().is_some_and(|backing| backing.tap.has_uso());
         let common = Arc::<Common>::default();
         common.link_up.store(backing.is_some(), Ordering::Relaxed);
+        common.learn(backing.as_ref());
         let inner = Inner {
             backing: backing.map(Arc::new),
             interrupt: None,
@@ -193,7 +202,6 @@ impl Net {
         let handle = NetHandle(slot.clone());
         let device = Self {
             mac,
-            features: if has_uso { ALWAYS | USO } else { ALWAYS },
             slot,
             violations: Arc::default(),
         };
@@ -205,7 +213,7 @@ impl Net {
     pub fn state(&self) -> NetState {
         NetState {
             mac: self.mac,
-            features: self.features,
+            features: self.features(),
             link_up: self.slot.common.link_up.load(Ordering::Relaxed),
         }
     }
@@ -224,6 +232,7 @@ impl NetHandle {
         if !matches!(inner.stage, Stage::Inactive) {
             backing.tap.set_offloads(offloads(inner.features))?;
         }
+        self.0.common.learn(Some(&backing));
         self.0.change(&mut inner, Some(Arc::new(backing)))?;
         self.0.announce(&inner);
         Ok(())
@@ -340,7 +349,10 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        self.features
+        match self.slot.common.has_uso.load(Ordering::Relaxed) {
+            true => ALWAYS | USO,
+            false => ALWAYS,
+        }
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

@@ -433,13 +433,11 @@ fn a_slot_is_filled_and_emptied_while_the_guest_runs() {
         driver.wait(TX, id);
         assert_eq!(counter(&device, "tx_drops"), drops + 1);
     }
-    assert_eq!(
-        device.state(),
-        NetState {
-            mac: GUEST,
-            features: ALWAYS,
-            link_up: false
-        }
+    let state = device.state();
+    assert_eq!((state.mac, state.link_up), (GUEST, false));
+    assert!(
+        [ALWAYS, ALWAYS | USO].contains(&state.features),
+        "of the taps that were there"
     );
 }
 
