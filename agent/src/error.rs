@@ -55,6 +55,9 @@ pub enum Error {
     /// Any other system call.
     #[error("cannot {what}: {source}")]
     Kernel { what: String, source: Errno },
+    /// A CPU that does not come or go.
+    #[error("cannot {what}: {source}")]
+    Cpu { what: String, source: std::io::Error },
     /// The event queue.
     #[error("the guest's event queue: {0}")]
     Queue(#[from] std::io::Error),
@@ -70,7 +73,7 @@ impl Error {
         match self {
             Self::Kernel { source, .. } => Some(*source),
             Self::Network(NetworkError::Kernel { source, .. }) => Some(source.errno),
-            Self::Stream { source, .. } | Self::Queue(source) => raw(source),
+            Self::Stream { source, .. } | Self::Cpu { source, .. } | Self::Queue(source) => raw(source),
             Self::Spawn(
                 SpawnError::Clone { source, .. }
                 | SpawnError::Step { source, .. }
@@ -143,6 +146,7 @@ impl Error {
             | Self::Stream { .. }
             | Self::Kernel { .. }
             | Self::Network(NetworkError::Kernel { .. })
+            | Self::Cpu { .. }
             | Self::Queue(_)
             | Self::Internal(_) => self.code_of_errno(),
         }

@@ -9,6 +9,7 @@
 mod boot;
 mod clock;
 mod container;
+mod cpus;
 mod error;
 mod events;
 mod forward;

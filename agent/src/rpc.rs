@@ -2,6 +2,7 @@
 //!
 //! A call that changes something runs to its end even when the caller has gone: half a container helps nobody.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -17,6 +18,7 @@ use ttrpc::r#async::transport::Listener;
 use ttrpc::r#async::{Server, ServerStreamSender, TtrpcContext};
 
 use crate::clock;
+use crate::cpus;
 use crate::error::Error;
 use crate::sandbox::Sandbox;
 use crate::stream::Stream;
@@ -71,9 +73,17 @@ impl Agent for Service {
     async fn set_online_cpus(
         &self,
         _: &TtrpcContext,
-        _: SetOnlineCpusRequest,
+        request: SetOnlineCpusRequest,
     ) -> Reply<SetOnlineCpusResponse> {
-        Err(Error::Invalid("this guest has all its CPUs".into()).into())
+        // The kernel waits for a CPU to come; containers are served meanwhile.
+        let work =
+            tokio::task::spawn_blocking(move || cpus::set_online(Path::new(cpus::DIRECTORY), request.count));
+        let online =
+            complete(async { work.await.map_err(|error| Error::Internal(error.to_string()))? }).await?;
+        Ok(SetOnlineCpusResponse {
+            online,
+            ..Default::default()
+        })
     }
 
     async fn set_clock(&self, _: &TtrpcContext, request: SetClockRequest) -> Reply<Empty> {

@@ -17,6 +17,7 @@ use crate::clock;
 use crate::container::child::Step;
 use crate::container::mount::{self, FileSystem};
 use crate::container::{Container, Engine, blocking, check_id, sysctl};
+use crate::cpus;
 use crate::error::Error;
 use crate::events::Listener;
 use crate::network;
@@ -236,7 +237,7 @@ impl Sandbox {
             agent_release: env!("CARGO_PKG_VERSION").into(),
             kernel_release: kernel_release(),
             boot_id: text("/proc/sys/kernel/random/boot_id").trim().into(),
-            online_cpus: online_cpus(&text("/sys/devices/system/cpu/online")),
+            online_cpus: cpus::online(),
             memory_total_bytes: bytes("MemTotal"),
             memory_available_bytes: bytes("MemAvailable"),
             controllers: std::fs::read_to_string(self.engine.cgroup_mount.join("cgroup.controllers"))
@@ -255,17 +256,6 @@ impl Sandbox {
 #[must_use]
 pub fn kernel_release() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()
-}
-
-/// How many CPUs a list like `0-3,5` names.
-fn online_cpus(list: &str) -> u32 {
-    list.trim()
-        .split(',')
-        .filter_map(|range| {
-            let (first, last) = range.split_once('-').unwrap_or((range, range));
-            Some(last.parse::<u32>().ok()?.checked_sub(first.parse().ok()?)? + 1)
-        })
-        .sum()
 }
 
 fn write(path: &std::ffi::CStr, data: &[u8]) -> Result<(), Errno> {
@@ -290,17 +280,4 @@ fn mount_shared_memory(bytes: u64) -> Result<(), Errno> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let place = rustix::fs::openat(CWD, Path::new(SHARED_MEMORY), flags, rustix::fs::Mode::empty())?;
     mount::attach(tree.as_fd(), place.as_fd(), &[])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn cpu_lists_are_counted() {
-        assert_eq!(online_cpus("0\n"), 1);
-        assert_eq!(online_cpus("0-3,5\n"), 5);
-        assert_eq!(online_cpus(""), 0);
-        assert_eq!(online_cpus("3-1"), 0);
-    }
 }

@@ -12,7 +12,7 @@ use protocol::agent::service::AgentClient;
 use protocol::agent::{
     ConfigureSandboxRequest, ContainerRef, ContainerStatsResponse, CreateContainerRequest, CreateExecRequest,
     Event, Failure, GuestInfoResponse, Hello, Network, ProcessRef, ResizeTerminalRequest,
-    SignalProcessRequest, UpdateContainerRequest, Volume,
+    SetOnlineCpusRequest, SignalProcessRequest, UpdateContainerRequest, Volume,
 };
 use protocol::hello::{self, HelloError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -165,6 +165,19 @@ impl Agent {
         let call = self.client.guest_info(Context::default(), &request);
         self.call(SHORT, || "asking the guest about itself".to_owned(), call)
             .await
+    }
+
+    /// Puts CPUs online or offline; how many are online then.
+    pub async fn set_online_cpus(&self, count: u32) -> Result<u32, Error> {
+        let request = SetOnlineCpusRequest {
+            count,
+            ..Default::default()
+        };
+        let call = self.client.set_online_cpus(Context::default(), &request);
+        let answer = self
+            .call(LONG, || format!("putting {count} CPUs online"), call)
+            .await?;
+        Ok(answer.online)
     }
 
     pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<(), Error> {

@@ -43,6 +43,15 @@ pub enum HostNetwork {
     None,
 }
 
+/// How far a VM may grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Most {
+    /// As far as the host.
+    Auto,
+    /// So far; 0 is not at all.
+    UpTo(u32),
+}
+
 /// The guest kernel's CONFIG_NR_CPUS.
 pub(crate) const MOST_VCPUS: u8 = 64;
 
@@ -65,6 +74,10 @@ pub struct Config {
     default_memory_mib: u32,
     #[serde(deserialize_with = "in_range::<_, u32, 32, 4096>")]
     memory_overhead_mib: u32,
+    #[serde(deserialize_with = "most::<_, { MOST_VCPUS as i64 }>")]
+    max_vcpus: Most,
+    #[serde(deserialize_with = "most::<_, 16_777_216>")]
+    max_memory_mib: Most,
     #[serde(deserialize_with = "in_range::<_, u32, 1, 3600>")]
     hello_timeout_s: u32,
     #[serde(deserialize_with = "in_range::<_, u8, 0, 16>")]
@@ -142,6 +155,8 @@ impl Config {
             default_vcpus: 1,
             default_memory_mib: 512,
             memory_overhead_mib: 64,
+            max_vcpus: Most::Auto,
+            max_memory_mib: Most::Auto,
             hello_timeout_s: 60,
             block_slots: 4,
             debug_console: false,
@@ -241,6 +256,18 @@ impl Config {
         self.memory_overhead_mib
     }
 
+    /// vCPUs that a VM may grow to: 0–64.
+    #[must_use]
+    pub fn max_vcpus(&self) -> Most {
+        self.max_vcpus
+    }
+
+    /// Memory that a VM may grow to, in MiB: 0–16777216.
+    #[must_use]
+    pub fn max_memory_mib(&self) -> Most {
+        self.max_memory_mib
+    }
+
     /// How long a guest may take from the start of its VMM until its agent says Hello: 1–3600 seconds.
     #[must_use]
     pub fn hello_timeout(&self) -> Duration {
@@ -319,6 +346,28 @@ fn absolute<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Er
     }
 }
 
+/// A number from 0 on, or `"auto"`.
+fn most<'de, D: Deserializer<'de>, const MAX: i64>(deserializer: D) -> Result<Most, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Value {
+        Number(i64),
+        Word(String),
+    }
+    let said = match Value::deserialize(deserializer) {
+        Ok(Value::Word(word)) if word == "auto" => return Ok(Most::Auto),
+        Ok(Value::Number(number)) => match u32::try_from(number) {
+            Ok(most) if number <= MAX => return Ok(Most::UpTo(most)),
+            _ => number.to_string(),
+        },
+        Ok(Value::Word(word)) => format!("{word:?}"),
+        Err(_) => "this".to_owned(),
+    };
+    Err(de::Error::custom(format_args!(
+        "{said} cannot be used: give a number from 0 to {MAX}, or \"auto\""
+    )))
+}
+
 fn in_range<'de, D, T, const MIN: i64, const MAX: i64>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -385,6 +434,12 @@ mod tests {
         assert!(error.contains("from 1 to 64"), "{error}");
         assert!(refused("default_memory_mib = 64").contains("from 128"));
         assert!(refused("hello_timeout_s = -1").contains("-1 is out of range"));
+        assert!(
+            refused("max_vcpus = 65").contains("65 cannot be used: give a number from 0 to 64, or \"auto\"")
+        );
+        assert!(refused("max_memory_mib = \"all\"").contains("\"all\" cannot be used"));
+        assert!(refused("max_memory_mib = -1").contains("-1 cannot be used"));
+        assert!(refused("max_vcpus = true").contains("this cannot be used"));
         assert!(
             refused("\n\nkernel = \"vmlinux\"").contains(":3: `kernel = \"vmlinux\"`: give an absolute path")
         );

@@ -12,6 +12,7 @@ use protocol::agent::CreateContainerRequest;
 use crate::annotations::Role;
 use crate::api::{ContainerRequest, Deleted, Exit, ProcessId, RootfsMount, Stdio};
 use crate::container::{Attached, Container, Freezer, KILLED, Phase, Stage};
+use crate::demand::Limits;
 use crate::error::{Error, ErrorKind};
 use crate::events::Event;
 use crate::hooks::Hooks;
@@ -21,6 +22,7 @@ use crate::pause;
 use crate::pod::Pod;
 use crate::process::watch_task;
 use crate::proxy::{self, Task, TaskSignals};
+use crate::resize;
 use crate::spec::Netns;
 use crate::storage::{self, Attachments, Context, DiskName, FilesVolume, Plan, StorageError};
 use crate::timeline::ContainerTimeline;
@@ -69,6 +71,7 @@ pub(crate) async fn create(pod: Arc<Pod>, request: ContainerRequest) -> Result<u
     // Those of the pod are in its configuration already; the others must be none.
     pod.config.enable_annotations().read(&spec)?;
     let hooks = Hooks::of(&spec, &id, &bundle)?;
+    let limits = resize::limits(&pod, &spec)?;
     let mut container = Container::making(bundle.clone(), rootfs.clone(), stdio.uris(), timeline);
     container.hooks = hooks.clone();
     container.in_guest = Role::of(&spec) != Role::Sandbox;
@@ -83,6 +86,7 @@ pub(crate) async fn create(pod: Arc<Pod>, request: ContainerRequest) -> Result<u
         rootfs,
         stdio,
         hooks,
+        limits,
     };
     let result = if in_guest {
         make(&pod, request, &mut made).await
@@ -99,6 +103,7 @@ pub(crate) async fn create(pod: Arc<Pod>, request: ContainerRequest) -> Result<u
         Ok((task, signals)) => Ok(publish(&pod, &id, task, signals, made)),
         Err(error) => {
             undo(&pod, &id, made).await;
+            resize::leave(&pod, &id);
             pod.containers().remove(&id);
             Err(pod.explain(error).await)
         }
@@ -114,6 +119,7 @@ struct Request<'a> {
     rootfs: Vec<RootfsMount>,
     stdio: Stdio,
     hooks: Hooks,
+    limits: Limits,
 }
 
 async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(Task, TaskSignals), Error> {
@@ -125,6 +131,7 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
         rootfs,
         stdio,
         hooks,
+        limits,
     } = request;
     let netns = Netns::from_oci(spec);
     let pid_namespace = namespaces::resolve(spec, |pid| pod.containers().owner_of(pid))?;
@@ -151,9 +158,10 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
         hooks.before_start(task.pid()).await?;
         Ok::<_, Error>((task, signals))
     };
-    let (task, storage, io) = tokio::join!(task, storage, io);
+    let (task, storage, io, grown) = tokio::join!(task, storage, io, resize::arrive(pod, id, limits));
     // Kept before anything is returned, so that the failure of one undoes the others.
     let io = io.map(|io| Arc::clone(made_io.insert(io)));
+    grown?;
     let (task, io) = (task?, io?);
     let (plan, disks, files_volumes) = storage?;
     *tokens = io.token_list();
@@ -362,6 +370,7 @@ pub(crate) async fn delete(pod: Arc<Pod>, id: String) -> Result<Deleted, Error> 
     };
     detach(&pod, &id, &attached).await;
     hooks.poststop().await;
+    resize::leave(&pod, &id);
     let mut containers = pod.containers();
     let pid = containers.remove(&id).map_or(0, |container| container.init.pid);
     containers.send(Event::Deleted { process, pid, exit });

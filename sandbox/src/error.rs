@@ -100,6 +100,21 @@ pub enum Error {
         /// What is wrong.
         message: String,
     },
+    /// The VM cannot become as large as new limits of a container need it.
+    #[error(
+        "the new limits of container {container} need a VM with {wanted}, this one can have {most} at most: for pods \
+         started from now on `{key}` in the configuration allows more"
+    )]
+    TooLarge {
+        /// The container.
+        container: String,
+        /// What is needed.
+        wanted: String,
+        /// What there can be.
+        most: String,
+        /// The configuration's key.
+        key: &'static str,
+    },
     /// Not supported.
     #[error("{0}")]
     Unsupported(String),
@@ -195,6 +210,7 @@ impl Error {
             Self::Exists(_) => ErrorKind::AlreadyExists,
             Self::State { .. } | Self::Busy { .. } => ErrorKind::FailedPrecondition,
             Self::Invalid(_) | Self::Spec { .. } => ErrorKind::InvalidArgument,
+            Self::TooLarge { .. } => ErrorKind::ResourceExhausted,
             Self::Unsupported(_) | Self::OnlySandbox { .. } => ErrorKind::Unimplemented,
             Self::Annotation(error) => error.kind(),
             Self::Namespace(error) => error.kind(),

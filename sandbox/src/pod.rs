@@ -19,6 +19,7 @@ use crate::container::Containers;
 use crate::error::{Error, ErrorKind, chain};
 use crate::events::{Event, EventSender};
 use crate::network::{PodNetwork, Scanning};
+use crate::resize::Resize;
 use crate::seqpacket::Seqpacket;
 use crate::shares::Shares;
 use crate::spec::SandboxSpec;
@@ -37,6 +38,7 @@ pub(crate) struct Pod {
     pub router: Arc<Router>,
     pub shares: Shares,
     pub volumes: Volumes,
+    pub resize: Resize,
     pub marks: Mutex<Marks>,
     /// How many things on the host are to go before nothing is left: processes to be reaped, the VM's cgroup.
     pub leftovers: watch::Sender<usize>,
@@ -82,6 +84,7 @@ impl Pod {
             Err(error) => (Err(Error::Start(Arc::new(error))), None),
         };
         let pod = Arc::new(Self {
+            resize: Resize::new(spec.sizing),
             spec,
             config,
             router: Arc::default(),

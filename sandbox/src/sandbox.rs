@@ -17,7 +17,7 @@ use crate::events::{Event, EventSender, Events};
 use crate::pod::{Pod, lock};
 use crate::spec::SandboxSpec;
 use crate::timeline::{ContainerTimeline, Timeline};
-use crate::{create, process, usage};
+use crate::{create, process, resize, usage};
 
 /// How long what is left on the host may take to go: processes that only leave a poll(2), and a cgroup.
 const LEFTOVERS_TIMEOUT: Duration = Duration::from_secs(10);
@@ -252,13 +252,14 @@ impl Sandbox {
         .await
     }
 
-    /// Applies new resource limits: the OCI runtime specification's `linux.resources` as JSON.
+    /// Applies new resource limits: the OCI runtime specification's `linux.resources` as JSON. The VM grows first when
+    /// its containers may use more together than it has, and shrinks after when they may use less.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] when it is something else, [`ErrorKind::FailedPrecondition`] when the
-    /// container has exited.
+    /// container has exited, [`ErrorKind::ResourceExhausted`] when the VM cannot become as large.
     pub async fn update(&self, container: &str, resources_json: &[u8]) -> Result<(), Error> {
-        serde_json::from_slice::<oci_spec::runtime::LinuxResources>(resources_json).map_err(|error| {
+        let resources = serde_json::from_slice(resources_json).map_err(|error| {
             Error::Invalid(format!(
                 "the resources for container {container} are not valid: {error}"
             ))
@@ -275,11 +276,18 @@ impl Sandbox {
                 });
             }
         }
-        let agent = self.pod().agent().await?;
-        match agent.update(container, resources_json).await {
-            Ok(()) => Ok(()),
-            Err(error) => Err(self.pod().explain(error).await),
-        }
+        let pod = Arc::clone(self.pod());
+        let (id, resources_json) = (container.to_owned(), resources_json.to_vec());
+        to_its_end(async move {
+            let in_guest = async {
+                match pod.agent().await?.update(&id, &resources_json).await {
+                    Ok(()) => Ok(()),
+                    Err(error) => Err(pod.explain(error).await),
+                }
+            };
+            resize::update(&pod, &id, &resources, in_guest).await
+        })
+        .await
     }
 
     /// A container's counters, or a pod's for its sandbox, until it is deleted: also after its exit, and the last ones read once its VM is gone.

@@ -1,23 +1,34 @@
-//! How big a VM is: from what its containers may use at most, or the configuration's defaults.
+//! How big a VM is, and how big it can become: from what its containers may use at most, or the configuration's
+//! defaults.
 //!
 //! The limits themselves hold inside the guest, in its cgroups. The VM is sized so that a container meets its own
 //! limit before the VM's end.
 
-use std::collections::HashMap;
-
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use crate::annotations::Role;
-use crate::config::{Config, MOST_VCPUS};
+use crate::config::{Config, MOST_VCPUS, Most};
+use crate::demand::{Demand, Limits, MICRO, Total};
 use crate::error::ErrorKind;
 
 /// vCPUs and memory of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sizing {
+pub struct Size {
     /// vCPUs, at least 1.
     pub vcpus: u8,
     /// Memory in MiB: a multiple of 2, at least 128.
     pub memory_mib: u32,
+}
+
+/// The size of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizing {
+    /// At boot.
+    pub boot: Size,
+    /// What it can become.
+    pub most: Size,
+    /// What the pod's containers may use together, when that was known before there was any.
+    pub promised: Limits,
 }
 
 /// Why resources make no VM.
@@ -51,22 +62,15 @@ impl SizingError {
     }
 }
 
-/// CRI's annotations on a pod's sandbox: the sums over the pod's containers, as the kubelet knows them before
-/// any container exists (containerd, `internal/cri/annotations`).
-const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
-/// CRI-O's: CRI's LinuxContainerResources with the same sums, as JSON (CRI-O, `pkg/annotations`).
-const CRIO_RESOURCES: &str = "io.kubernetes.cri-o.PodLinuxResources";
-
-/// The kernel's cpu.max period when none is given, in µs (Documentation/admin-guide/cgroup-v2.rst).
-const DEFAULT_PERIOD: u64 = 100_000;
-
 const MIB: u64 = 1 << 20;
 /// A kernel needs this much to boot with room to spare.
 const LEAST_MEMORY_MIB: u64 = 128;
 /// The guest kernel describes each page of 4 KiB by 64 bytes.
 const PAGE_DESCRIPTOR_SHARE: u64 = 64;
+/// Memory that can be plugged is a multiple of this, in MiB (`protocol::vmm::VmConfig::pluggable_memory_mib`).
+const PLUGGABLE_STEP_MIB: u32 = 128;
+/// The most there can be of it.
+const MOST_PLUGGABLE_MIB: u32 = 2 << 20;
 
 /// What this host has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,13 +94,6 @@ impl Host {
     }
 }
 
-/// What the containers of a VM may use together; `None` is no limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Limits {
-    cpus: Option<u64>,
-    memory_bytes: Option<u64>,
-}
-
 impl Sizing {
     /// The size for a sandbox whose first container has this specification: a pod's from its annotations, a single
     /// container's from its own resources.
@@ -108,135 +105,110 @@ impl Sizing {
     }
 
     fn on_host(spec: &Spec, config: &Config, host: Host) -> Result<Self, SizingError> {
-        let limits = match spec.annotations() {
-            Some(annotations) if Role::from_annotations(annotations) != Role::Alone => {
-                Limits::of_pod(annotations)?
+        let mut demand = Demand::default();
+        let mut promised = Limits::default();
+        match (Role::of(spec), spec.annotations()) {
+            (Role::Sandbox | Role::Member, Some(annotations)) => {
+                promised = Limits::of_pod(annotations)?;
+                demand = Demand::new(promised);
             }
-            _ => match spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
-                Some(resources) => Limits::of_container(resources)?,
-                None => Limits::default(),
+            _ => {
+                if let Some(resources) = resources(spec) {
+                    demand.add("", Limits::default().updated(resources, false)?);
+                }
+            }
+        }
+        // A limit beyond what the host has is no limit, unless the configuration says that VMs may be larger.
+        let host = Size {
+            vcpus: u8::try_from(host.cpus).unwrap_or(MOST_VCPUS).clamp(1, MOST_VCPUS),
+            memory_mib: even(host.memory_mib),
+        };
+        let vcpus = config.max_vcpus().or(host.vcpus.into());
+        let memory_mib = config.max_memory_mib().or(host.memory_mib);
+        let ceiling = Size {
+            vcpus: host.vcpus.max(u8::try_from(vcpus).unwrap_or(MOST_VCPUS)),
+            memory_mib: host.memory_mib.max(even(memory_mib.into())),
+        };
+        let wanted = Size::wanted(demand.total(), config);
+        let boot = Size {
+            // What the configuration gives every VM is its writer's choice.
+            vcpus: wanted.vcpus.min(ceiling.vcpus).max(config.default_vcpus()),
+            memory_mib: wanted.memory_mib.min(ceiling.memory_mib),
+        };
+        let grown =
+            even(u64::from(memory_mib).min(u64::from(boot.memory_mib) + u64::from(MOST_PLUGGABLE_MIB)));
+        let most = Size {
+            vcpus: boot.vcpus.max(u8::try_from(vcpus).unwrap_or(MOST_VCPUS)),
+            memory_mib: if memory_mib > boot.memory_mib {
+                grown
+            } else {
+                boot.memory_mib
             },
         };
-        Ok(Self {
-            vcpus: limits.vcpus(config, host),
-            memory_mib: limits.memory_mib(config, host),
-        })
+        Ok(Self { boot, most, promised })
+    }
+
+    /// Memory that a machine of this size must be able to plug, in MiB.
+    #[must_use]
+    pub fn pluggable_mib(&self) -> u32 {
+        (self.most.memory_mib - self.boot.memory_mib)
+            .next_multiple_of(PLUGGABLE_STEP_MIB)
+            .min(MOST_PLUGGABLE_MIB)
     }
 }
 
-impl Limits {
-    fn of_pod(annotations: &HashMap<String, String>) -> Result<Self, SizingError> {
-        if let Some(text) = annotations.get(CRIO_RESOURCES) {
-            return Self::of_crio(text);
-        }
-        let number = |key: &'static str| match annotations.get(key).map(|value| value.trim()) {
-            None | Some("") => Ok(None),
-            Some(value) => value
-                .parse::<i64>()
-                .map(Some)
-                .map_err(|_| SizingError::NotANumber {
-                    key,
-                    value: value.to_owned(),
-                }),
+impl Size {
+    /// What containers with these limits want of their VM.
+    pub(crate) fn wanted(total: Total, config: &Config) -> Self {
+        let vcpus = total
+            .micro_cpus
+            .div_ceil(MICRO)
+            .max(config.default_vcpus().into());
+        let limit = total.memory_bytes.div_ceil(MIB);
+        let limited = limit
+            .saturating_add(limit / PAGE_DESCRIPTOR_SHARE)
+            .saturating_add(config.memory_overhead_mib().into());
+        let default = u64::from(config.default_memory_mib());
+        let memory = match (limit, total.unlimited_memory) {
+            (0, _) => default,
+            (_, true) => limited.max(default),
+            (_, false) => limited,
         };
-        let period = number(CPU_PERIOD)?.and_then(|period| u64::try_from(period).ok());
-        Ok(Self {
-            cpus: whole_cpus(number(CPU_QUOTA)?, period),
-            memory_bytes: positive(number(MEMORY)?),
-        })
-    }
-
-    fn of_crio(text: &str) -> Result<Self, SizingError> {
-        #[derive(Default, serde::Deserialize)]
-        #[serde(default)]
-        struct Resources {
-            cpu_period: i64,
-            cpu_quota: i64,
-            memory_limit_in_bytes: i64,
+        Self {
+            vcpus: u8::try_from(vcpus).unwrap_or(MOST_VCPUS).min(MOST_VCPUS),
+            memory_mib: even(memory),
         }
-        let resources: Option<Resources> = serde_json::from_str(text).map_err(|_| SizingError::Invalid {
-            member: CRIO_RESOURCES,
-            value: text.chars().take(200).collect(),
-            expected: "it must be the JSON of CRI's LinuxContainerResources",
-        })?;
-        let resources = resources.unwrap_or_default();
-        let period = u64::try_from(resources.cpu_period).ok();
-        Ok(Self {
-            cpus: whole_cpus(Some(resources.cpu_quota), period),
-            memory_bytes: positive(Some(resources.memory_limit_in_bytes)),
-        })
     }
 
-    fn of_container(resources: &LinuxResources) -> Result<Self, SizingError> {
-        let mut limits = Self {
-            cpus: None,
-            memory_bytes: positive(resources.memory().and_then(|memory| memory.limit())),
-        };
-        if let Some(cpu) = resources.cpu() {
-            limits.cpus = match whole_cpus(cpu.quota(), cpu.period()) {
-                Some(cpus) => Some(cpus),
-                None => cpu.cpus().as_deref().map_or(Ok(None), count_cpus)?,
-            };
+    /// The smaller of each.
+    pub(crate) fn at_most(self, most: Self) -> Self {
+        Self {
+            vcpus: self.vcpus.min(most.vcpus),
+            memory_mib: self.memory_mib.min(most.memory_mib),
         }
-        Ok(limits)
-    }
-
-    /// A limit beyond the host's CPUs is no limit; what the configuration gives every VM is its writer's choice.
-    fn vcpus(self, config: &Config, host: Host) -> u8 {
-        let limit = self.cpus.unwrap_or(0).min(host.cpus.into());
-        let wanted = limit.max(config.default_vcpus().into());
-        u8::try_from(wanted).unwrap_or(MOST_VCPUS).min(MOST_VCPUS)
-    }
-
-    /// A limit beyond the host's memory is no limit: the VM ends where the host does.
-    fn memory_mib(self, config: &Config, host: Host) -> u32 {
-        let wanted = match self.memory_bytes {
-            None => config.default_memory_mib().into(),
-            Some(bytes) => {
-                let limit = bytes.div_ceil(MIB);
-                limit
-                    .saturating_add(limit / PAGE_DESCRIPTOR_SHARE)
-                    .saturating_add(config.memory_overhead_mib().into())
-            }
-        };
-        let most = host.memory_mib.clamp(LEAST_MEMORY_MIB, u32::MAX.into()) & !1;
-        let memory = wanted.max(LEAST_MEMORY_MIB).min(most).next_multiple_of(2);
-        u32::try_from(memory).expect("at most u32::MAX & !1")
     }
 }
 
-/// Zero and negative numbers mean "no limit", in CRI as in the OCI specification.
-fn positive(value: Option<i64>) -> Option<u64> {
-    value
-        .and_then(|value| u64::try_from(value).ok())
-        .filter(|value| *value > 0)
+impl Most {
+    /// The number, or this host's.
+    fn or(self, host: u32) -> u32 {
+        match self {
+            Self::Auto => host,
+            Self::UpTo(number) => number,
+        }
+    }
 }
 
-fn whole_cpus(quota: Option<i64>, period: Option<u64>) -> Option<u64> {
-    let period = period.filter(|period| *period > 0).unwrap_or(DEFAULT_PERIOD);
-    positive(quota).map(|quota| quota.div_ceil(period))
+/// The resources of a container.
+pub(crate) fn resources(spec: &Spec) -> Option<&LinuxResources> {
+    spec.linux().as_ref()?.resources().as_ref()
 }
 
-/// How many CPUs a list such as `0-2,7` names (cpuset(7), "List format"); `None` for an empty list.
-fn count_cpus(list: &str) -> Result<Option<u64>, SizingError> {
-    let invalid = || SizingError::Invalid {
-        member: "linux.resources.cpu.cpus",
-        value: list.to_owned(),
-        expected: "give CPU numbers and ranges, as in 0-2,7",
-    };
-    let list = list.trim();
-    if list.is_empty() {
-        return Ok(None);
-    }
-    let mut count: u64 = 0;
-    for part in list.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let number = |text: &str| text.trim().parse::<u32>().map_err(|_| invalid());
-        let (first, last) = (number(first)?, number(last)?);
-        let length = last.checked_sub(first).ok_or_else(invalid)?;
-        count = count.saturating_add(u64::from(length) + 1);
-    }
-    Ok(Some(count))
+/// A size that memory can have: a multiple of 2 MiB, and enough to boot.
+fn even(mib: u64) -> u32 {
+    let most = u64::from(u32::MAX - 1);
+    let mib = mib.clamp(LEAST_MEMORY_MIB, most).next_multiple_of(2);
+    u32::try_from(mib).expect("at most u32::MAX - 1")
 }
 
 #[cfg(test)]
@@ -248,12 +220,12 @@ mod tests {
         memory_mib: 16_384,
     };
 
-    fn size(spec: &str) -> Result<Sizing, SizingError> {
+    fn size(spec: &str) -> Result<Size, SizingError> {
         let spec: Spec = serde_json::from_str(spec).unwrap();
-        Sizing::on_host(&spec, &Config::default(), HOST)
+        Sizing::on_host(&spec, &Config::default(), HOST).map(|sizing| sizing.boot)
     }
 
-    fn limited(resources: &str) -> Sizing {
+    fn limited(resources: &str) -> Size {
         size(&format!(
             r#"{{"ociVersion":"1.2.0","linux":{{"resources":{resources}}}}}"#
         ))
@@ -262,7 +234,7 @@ mod tests {
 
     #[test]
     fn without_limits_the_defaults_hold() {
-        let default = Sizing {
+        let default = Size {
             vcpus: 1,
             memory_mib: 512,
         };
@@ -313,7 +285,7 @@ mod tests {
         );
         assert_eq!(
             sized,
-            Ok(Sizing {
+            Ok(Size {
                 vcpus: 3,
                 memory_mib: 324
             })
@@ -324,7 +296,7 @@ mod tests {
         );
         assert_eq!(
             best_effort,
-            Ok(Sizing {
+            Ok(Size {
                 vcpus: 1,
                 memory_mib: 512
             })
@@ -338,7 +310,7 @@ mod tests {
                 "ociVersion": "1.2.0",
                 "annotations": {
                     "io.kubernetes.cri-o.ContainerType": "sandbox",
-                    CRIO_RESOURCES: resources,
+                    "io.kubernetes.cri-o.PodLinuxResources": resources,
                 },
             });
             size(&spec.to_string())
@@ -347,7 +319,7 @@ mod tests {
             sized(
                 r#"{"cpu_period":100000,"cpu_quota":250000,"cpu_shares":2,"memory_limit_in_bytes":268435456}"#
             ),
-            Ok(Sizing {
+            Ok(Size {
                 vcpus: 3,
                 memory_mib: 324
             })
@@ -382,11 +354,69 @@ mod tests {
             memory_mib: 1,
         };
         assert_eq!(
-            Sizing::on_host(&spec, &Config::default(), host),
-            Ok(Sizing {
+            Sizing::on_host(&spec, &Config::default(), host).map(|sizing| sizing.boot),
+            Ok(Size {
                 vcpus: 1,
                 memory_mib: 128
             })
         );
+    }
+
+    fn configured(config: &str, spec: &str) -> Sizing {
+        let config = Config::parse(config, "test").unwrap();
+        Sizing::on_host(&serde_json::from_str(spec).unwrap(), &config, HOST).unwrap()
+    }
+
+    const PLAIN: &str = r#"{"ociVersion":"1"}"#;
+
+    #[test]
+    fn a_vm_can_grow_to_the_hosts_size_unless_told_otherwise() {
+        let sizing = configured("", PLAIN);
+        assert_eq!((sizing.most.vcpus, sizing.most.memory_mib), (8, 16_384));
+        assert_eq!(sizing.pluggable_mib(), 15_872);
+        let sizing = configured("max_vcpus = 3\nmax_memory_mib = 700", PLAIN);
+        assert_eq!((sizing.most.vcpus, sizing.most.memory_mib), (3, 700));
+        assert_eq!(
+            sizing.pluggable_mib(),
+            256,
+            "a multiple of 128 that has room for 188"
+        );
+        for none in [
+            "max_vcpus = 0\nmax_memory_mib = 0",
+            "max_vcpus = 1\nmax_memory_mib = 512",
+        ] {
+            let sizing = configured(none, PLAIN);
+            assert_eq!(sizing.most, sizing.boot);
+            assert_eq!(sizing.pluggable_mib(), 0);
+        }
+    }
+
+    #[test]
+    fn a_configured_maximum_may_be_beyond_the_host() {
+        let spec = r#"{"ociVersion":"1","linux":{"resources":{"cpu":{"quota":9900000},"memory":{"limit":34359738368}}}}"#;
+        let sizing = configured("max_vcpus = 16\nmax_memory_mib = 65536", spec);
+        assert_eq!(
+            (sizing.boot.vcpus, sizing.boot.memory_mib),
+            (16, 32768 + 512 + 64)
+        );
+        assert_eq!((sizing.most.vcpus, sizing.most.memory_mib), (16, 65_536));
+        let sizing = configured("max_vcpus = 0\nmax_memory_mib = 0", spec);
+        assert_eq!((sizing.boot.vcpus, sizing.boot.memory_mib), (8, 16_384));
+    }
+
+    #[test]
+    fn a_container_without_limit_gets_the_default_beside_the_others() {
+        let config = Config::default();
+        let mut demand = Demand::default();
+        let limits = |mib: u64| Limits {
+            memory_bytes: (mib > 0).then_some(mib << 20),
+            ..Limits::default()
+        };
+        demand.add("a", limits(128));
+        assert_eq!(Size::wanted(demand.total(), &config).memory_mib, 128 + 2 + 64);
+        demand.add("b", limits(0));
+        assert_eq!(Size::wanted(demand.total(), &config).memory_mib, 512);
+        demand.add("c", limits(1024));
+        assert_eq!(Size::wanted(demand.total(), &config).memory_mib, 1152 + 18 + 64);
     }
 }

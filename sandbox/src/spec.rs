@@ -51,6 +51,8 @@ pub struct SandboxSpec {
     pub namespace: String,
     /// vCPUs and memory.
     pub sizing: Sizing,
+    /// Whether it is a pod of CRI's, and not a container of its own.
+    pub in_pod: bool,
     /// The pod's host name.
     pub hostname: Option<String>,
     /// The pod's network namespace on the host.
@@ -79,6 +81,7 @@ impl SandboxSpec {
             id: id.to_owned(),
             namespace: String::new(),
             sizing,
+            in_pod: Role::of(spec) != Role::Alone,
             hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
             netns: Netns::from_oci(spec),
             cgroups_path: spec

@@ -86,10 +86,10 @@ pub(crate) fn launch(
     }));
     let machine = VmConfig {
         id: spec.id.clone(),
-        vcpus: spec.sizing.vcpus,
-        max_vcpus: spec.sizing.vcpus,
-        memory_mib: spec.sizing.memory_mib,
-        pluggable_memory_mib: 0,
+        vcpus: spec.sizing.boot.vcpus,
+        max_vcpus: spec.sizing.most.vcpus,
+        memory_mib: spec.sizing.boot.memory_mib,
+        pluggable_memory_mib: spec.sizing.pluggable_mib(),
         kvm,
         kernel,
         initrd,
@@ -181,11 +181,13 @@ fn spawn(program: &Path, id: &str, limits: DeviceLimits) -> Result<(Vm, OwnedFd)
     let control = Arc::new(control);
     let pending = Arc::new(Mutex::new(Pending::default()));
     let (exit_sender, exit) = watch::channel(None);
+    let plugged = watch::Sender::new(0);
     tokio::spawn({
         let (child, control, pending) = (Arc::clone(&child), Arc::clone(&control), Arc::clone(&pending));
+        let plugged = plugged.clone();
         async move {
             let said = tokio::spawn(keep_tail(stderr));
-            let (event, ended) = tokio::join!(listen(&control, &pending), child.wait());
+            let (event, ended) = tokio::join!(listen(&control, &pending, &plugged), child.wait());
             // The pipe closes with the process; what it said is complete then.
             let stderr = said.await.unwrap_or_default();
             let (cause, console) =
@@ -217,13 +219,18 @@ fn spawn(program: &Path, id: &str, limits: DeviceLimits) -> Result<(Vm, OwnedFd)
             first: 0,
         }),
         limits,
+        plugged,
         exit,
     };
     Ok((vm, vsock_theirs))
 }
 
 /// Hands answers to those who wait for them until the VMM closes its end; returns what it said of its own end.
-async fn listen(control: &Seqpacket, pending: &Mutex<Pending>) -> Option<(ExitCause, String)> {
+async fn listen(
+    control: &Seqpacket,
+    pending: &Mutex<Pending>,
+    plugged: &watch::Sender<u64>,
+) -> Option<(ExitCause, String)> {
     let mut exited = None;
     loop {
         let bytes = match control.receive().await {
@@ -242,7 +249,9 @@ async fn listen(control: &Seqpacket, pending: &Mutex<Pending>) -> Option<(ExitCa
                 }
             }
             Ok(FromVmm::Event(Event::Exited { cause, console })) => exited = Some((cause, console)),
-            Ok(FromVmm::Event(Event::PluggedMemory { .. })) => {}
+            Ok(FromVmm::Event(Event::PluggedMemory { bytes })) => {
+                plugged.send_replace(bytes);
+            }
             Err(error) => tracing::warn!(%error, "the VMM sent a message that is not understood"),
         }
     }

@@ -61,6 +61,8 @@ pub(crate) struct Vm {
     pending: Arc<Mutex<Pending>>,
     slots: Mutex<Slots>,
     limits: DeviceLimits,
+    /// Bytes that the guest had plugged when it last had as much as it was asked to have.
+    plugged: watch::Sender<u64>,
     exit: watch::Receiver<Option<Arc<VmExit>>>,
 }
 
@@ -191,6 +193,13 @@ impl Vm {
             .map(drop)
     }
 
+    /// Makes vCPUs until there are `count`.
+    pub async fn set_vcpus(&self, count: u8) -> Result<(), VmError> {
+        self.request("make vCPUs", RequestBody::SetVcpus { count }, &[])
+            .await
+            .map(drop)
+    }
+
     /// Connects to a vsock port of the guest. A guest that refuses, or has none, shows as an end of what is read.
     pub async fn connect_guest(&self, port: u32) -> Result<UnixStream, VmError> {
         let what = "connect to the guest";
@@ -200,6 +209,28 @@ impl Vm {
         match self.vsock.send(&message, &[theirs.as_fd()]).await {
             Ok(()) => Ok(ours),
             Err(cause) => Err(self.send_error(what, cause).await),
+        }
+    }
+
+    /// Asks the guest to have this much memory plugged, and waits until it has, `limit` long at most: false when it
+    /// has not followed by then. It goes on trying.
+    pub async fn set_plugged_memory(&self, mib: u32, limit: Duration) -> Result<bool, VmError> {
+        let wanted = u64::from(mib) << 20;
+        let mut plugged = self.plugged.subscribe();
+        plugged.mark_unchanged();
+        self.request("plug memory", RequestBody::SetPluggedMemory { mib }, &[])
+            .await?;
+        let reached = async {
+            // A word of an earlier request may still be on its way.
+            while plugged.changed().await.is_ok() {
+                if *plugged.borrow_and_update() == wanted {
+                    break;
+                }
+            }
+        };
+        tokio::select! {
+            reached = tokio::time::timeout(limit, reached) => Ok(reached.is_ok()),
+            exit = self.exited() => Err(VmError::Gone(exit)),
         }
     }
 

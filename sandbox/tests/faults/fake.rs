@@ -18,7 +18,7 @@ use protocol::agent::service::{Agent, create_agent};
 use protocol::agent::{
     ConfigureSandboxRequest, ContainerRef, ContainerStatsResponse, CreateContainerRequest, CreateExecRequest,
     CreateProcessResponse, Event, Failure, GuestInfoResponse, Hello, OutOfMemory, ProcessExited, ProcessRef,
-    SignalProcessRequest, UpdateContainerRequest,
+    SetOnlineCpusRequest, SetOnlineCpusResponse, SignalProcessRequest, UpdateContainerRequest,
 };
 use protocol::channel::{self, Received};
 use protocol::hello;
@@ -38,6 +38,14 @@ use ttrpc::{Code, get_status};
 struct Machine {
     attached: BTreeSet<String>,
     processes: BTreeMap<(String, String), String>,
+    /// What was done about the VM's size, in order; shown after all else.
+    sizes: Vec<String>,
+}
+
+impl Machine {
+    fn size(machine: &Mutex<Self>, what: String) {
+        machine.lock().unwrap().sizes.push(what);
+    }
 }
 
 /// The VMM's control loop. Never returns before the sandbox hangs up.
@@ -54,6 +62,7 @@ pub fn run(scenario: &str) {
         let request: Request = serde_json::from_slice(&bytes).unwrap();
         let mut result = Ok(Reply::Done);
         let mut boot = false;
+        let mut reached = None;
         match request.body {
             RequestBody::Configure { config, .. } => {
                 let index = usize::try_from(config.vsock.unwrap().0).unwrap();
@@ -88,6 +97,17 @@ pub fn run(scenario: &str) {
                     ..Default::default()
                 }));
             }
+            RequestBody::SetVcpus { count } => Machine::size(&machine, format!("vcpus {count}")),
+            RequestBody::SetPluggedMemory { .. } if scenario == "plugs-nothing" => {
+                result = Err(vmm::Failure {
+                    kind: FailureKind::Resources,
+                    message: "no memory today".into(),
+                });
+            }
+            RequestBody::SetPluggedMemory { mib } => {
+                Machine::size(&machine, format!("plugged {mib}"));
+                reached = Some(u64::from(mib) << 20);
+            }
             RequestBody::Timeline => result = Ok(Reply::Timeline(vmm::Timeline::default())),
             other => panic!("{other:?}"),
         }
@@ -96,6 +116,10 @@ pub fn run(scenario: &str) {
             result,
         });
         channel::send(&*control, &serde_json::to_vec(&response).unwrap(), &[]).unwrap();
+        if let Some(bytes) = reached {
+            let event = FromVmm::Event(vmm::Event::PluggedMemory { bytes });
+            channel::send(&*control, &serde_json::to_vec(&event).unwrap(), &[]).unwrap();
+        }
         if boot {
             match scenario {
                 "panics-in-boot" => end(&control, ExitCause::GuestPanic, "Kernel panic: no init found"),
@@ -266,7 +290,10 @@ impl Agent for Guest {
             .keys()
             .map(|(container, exec)| format!("process {container}/{exec}"));
         Ok(GuestInfoResponse {
-            controllers: processes.chain(machine.attached.iter().cloned()).collect(),
+            controllers: processes
+                .chain(machine.attached.iter().cloned())
+                .chain(machine.sizes.iter().cloned())
+                .collect(),
             ..Default::default()
         })
     }
@@ -401,8 +428,25 @@ impl Agent for Guest {
         Ok(Empty::new())
     }
 
-    async fn update_container(&self, _: &TtrpcContext, _: UpdateContainerRequest) -> ttrpc::Result<Empty> {
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        Machine::size(&self.machine, format!("update {}", request.container_id));
         Ok(Empty::new())
+    }
+
+    async fn set_online_cpus(
+        &self,
+        _: &TtrpcContext,
+        request: SetOnlineCpusRequest,
+    ) -> ttrpc::Result<SetOnlineCpusResponse> {
+        Machine::size(&self.machine, format!("online {}", request.count));
+        Ok(SetOnlineCpusResponse {
+            online: request.count,
+            ..Default::default()
+        })
     }
 
     async fn container_stats(
