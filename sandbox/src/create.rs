@@ -143,9 +143,9 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
         in_guest,
     } = made;
     let storage = async {
-        let (mut plan, attachments) = open_storage(pod, id, spec, bundle, rootfs).await?;
+        let (mut plan, mut attachments) = open_storage(pod, id, spec, bundle, rootfs).await?;
         mark(pod, id, |timeline, now| timeline.storage_opened = Some(now));
-        let disks = attach(pod, &mut plan, &attachments, attached).await?;
+        let disks = attach(pod, &mut plan, &mut attachments, attached).await?;
         Ok::<_, Error>((plan, disks, attachments.volumes))
     };
     let io = async {
@@ -220,7 +220,7 @@ async fn open_storage(
         let host = storage::Host::default();
         let mut plan = Plan::new(context, &spec, &rootfs, &|path| host.probe(path))?;
         let watch = |name: &str, directory: &Arc<OwnedFd>| watcher.volumes.watch(&watcher, name, directory);
-        let attachments = storage::realize(&mut plan, &watch)?;
+        let attachments = storage::realize(&mut plan, &watch, &watcher.mounts)?;
         Ok((plan, attachments))
     });
     match opened.await {
@@ -236,13 +236,14 @@ async fn open_storage(
 async fn attach(
     pod: &Pod,
     plan: &mut Plan,
-    attachments: &Attachments,
+    attachments: &mut Attachments,
     attached: &mut Attached,
 ) -> Result<Vec<DiskName>, Error> {
     let vm = pod.vm()?;
-    for share in &attachments.shares {
+    for share in std::mem::take(&mut attachments.shares) {
+        let planned = share.name.clone();
         let shown = pod.shares.show(vm, share).await?;
-        plan.rename_share(&share.name, &shown.name);
+        plan.rename_share(&planned, &shown.name);
         attached.shares.push(shown);
     }
     let mut names = Vec::with_capacity(attachments.disks.len());

@@ -23,6 +23,7 @@ use crate::resize::Resize;
 use crate::seqpacket::Seqpacket;
 use crate::shares::Shares;
 use crate::spec::SandboxSpec;
+use crate::storage::MountHolder;
 use crate::streams::{self, Router};
 use crate::vm::{self, Vm, VmError, VmExit, console_words};
 use crate::volumes::Volumes;
@@ -39,6 +40,8 @@ pub(crate) struct Pod {
     pub shares: Shares,
     pub volumes: Volumes,
     pub resize: Resize,
+    /// Where shares are that receive mounts of the host.
+    pub mounts: MountHolder,
     pub marks: Mutex<Marks>,
     /// How many things on the host are to go before nothing is left: processes to be reaped, the VM's cgroup.
     pub leftovers: watch::Sender<usize>,
@@ -90,6 +93,7 @@ impl Pod {
             router: Arc::default(),
             shares: Shares::default(),
             volumes: Volumes::default(),
+            mounts: MountHolder::default(),
             marks: Mutex::default(),
             leftovers: watch::Sender::new(0),
             started,

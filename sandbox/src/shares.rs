@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::OnceCell;
 
 use crate::pod::lock;
-use crate::storage::Share;
+use crate::storage::{HeldMount, Share};
 use crate::vm::{Vm, VmError};
 
 /// The shares that are in common, by the name that the plan gave them.
@@ -29,8 +29,8 @@ struct Pool {
 struct Entry {
     name: String,
     users: usize,
-    /// Filled once the VM has it.
-    shown: Arc<OnceCell<()>>,
+    /// Filled once the VM has it, with what must stay as long as that.
+    shown: Arc<OnceCell<Option<HeldMount>>>,
 }
 
 /// A share that a container uses.
@@ -40,24 +40,31 @@ pub(crate) struct ShownShare {
     pub name: String,
     /// Its name in the pool, if it is there.
     pooled: Option<String>,
+    _held: Option<HeldMount>,
 }
 
 impl Shares {
     /// Shows a share to the guest, unless another container has already brought it.
-    pub async fn show(&self, vm: &Vm, share: &Share) -> Result<ShownShare, VmError> {
+    pub async fn show(&self, vm: &Vm, mut share: Share) -> Result<ShownShare, VmError> {
         if !share.pooled {
             vm.add_share(&share.name, share.fd.as_fd(), share.cache).await?;
             return Ok(ShownShare {
-                name: share.name.clone(),
+                name: share.name,
                 pooled: None,
+                _held: share.held,
             });
         }
         let (name, shown) = self.enter(&share.name);
-        let add = || vm.add_share(&name, share.fd.as_fd(), share.cache);
+        let held = share.held.take();
+        let add = async || {
+            vm.add_share(&name, share.fd.as_fd(), share.cache).await?;
+            Ok(held)
+        };
         match shown.get_or_try_init(add).await {
-            Ok(()) => Ok(ShownShare {
+            Ok(_) => Ok(ShownShare {
                 name,
-                pooled: Some(share.name.clone()),
+                pooled: Some(share.name),
+                _held: None,
             }),
             Err(error) => {
                 self.leave(&share.name);
@@ -74,7 +81,7 @@ impl Shares {
         }
     }
 
-    fn enter(&self, key: &str) -> (String, Arc<OnceCell<()>>) {
+    fn enter(&self, key: &str) -> (String, Arc<OnceCell<Option<HeldMount>>>) {
         let mut pool = lock(&self.pool);
         if let Some(entry) = pool.entries.get_mut(key) {
             entry.users += 1;

@@ -147,12 +147,14 @@ impl Volumes {
                 state.changed.extend(state.watched.keys().cloned());
                 continue;
             }
-            // Content that nothing leads to yet, or no longer.
+            // Content that nothing leads to yet is of no interest; that it is gone, is.
             let name = event
                 .file_name()
                 .map(std::ffi::CStr::to_bytes)
                 .unwrap_or_default();
-            if name.starts_with(b"..") && name != b"..data" || event.events().contains(ReadFlags::IGNORED) {
+            let unfinished =
+                name.starts_with(b"..") && name != b"..data" && !event.events().contains(ReadFlags::DELETE);
+            if unfinished || event.events().contains(ReadFlags::IGNORED) {
                 continue;
             }
             let watched = state
@@ -380,5 +382,10 @@ mod tests {
         .unwrap();
         assert!(volumes.hear(&inotify));
         assert_eq!(volumes.next().unwrap().0, "v");
+        std::fs::remove_dir_all(directory.path().join("..2024")).unwrap();
+        assert!(
+            volumes.hear(&inotify),
+            "old content is removed from the guest too"
+        );
     }
 }

@@ -128,6 +128,12 @@ impl Container {
         container
     }
 
+    /// Takes over a container that was started otherwise.
+    #[must_use]
+    pub fn named(id: String) -> Self {
+        Self(id)
+    }
+
     /// Its id.
     #[must_use]
     pub fn id(&self) -> &str {

@@ -11,6 +11,7 @@ mod error;
 mod ext4;
 pub(crate) mod files;
 mod guest;
+mod holder;
 mod kubelet;
 mod layers;
 #[cfg(test)]
@@ -40,6 +41,7 @@ use crate::api::RootfsMount;
 pub use disk::{Disk, DiskName, Part};
 pub use error::StorageError;
 pub use files::{FilesVolume, Watch};
+pub use holder::{HeldMount, MountHolder};
 pub use mountinfo::MountTable;
 pub use plan::{
     Content, Context, Directory, DiskPart, FileBind, GuestMount, HostStep, MemoryVolume, MountSource,
@@ -58,6 +60,8 @@ pub struct Share {
     pub cache: CachePolicy,
     /// Whether containers of the pod have it in common.
     pub pooled: bool,
+    /// Its place in the pod's mount namespace, if it receives mounts of the host.
+    pub held: Option<HeldMount>,
 }
 
 /// What a plan's host steps became.
@@ -87,15 +91,17 @@ pub fn plan(spec: &Spec, bundle: &Path, rootfs: &[RootfsMount], id: &str) -> Res
 
 /// Opens what a plan names. Blocks: call it where that is allowed. Volumes are given to `watch` before they are read;
 /// one that is not fit for a copy becomes a share in the plan.
+/// Shares that receive mounts of the host are put into `holder`.
 ///
 /// # Errors
 /// [`StorageError`]; what had been opened is closed again.
-pub fn realize(plan: &mut Plan, watch: Watch<'_>) -> Result<Attachments, StorageError> {
+pub fn realize(plan: &mut Plan, watch: Watch<'_>, holder: &MountHolder) -> Result<Attachments, StorageError> {
     let mut attachments = Attachments::default();
     let mut room = files::MAX_BYTES;
     let mut unfit = Vec::new();
     for step in &plan.host {
         let mut is_pooled = false;
+        let mut held = None;
         let (name, fd, cache) = match step {
             HostStep::Disk { parts } => {
                 attachments.disks.push(disk::open(parts)?);
@@ -113,13 +119,18 @@ pub fn realize(plan: &mut Plan, watch: Watch<'_>) -> Result<Attachments, Storage
                 source,
                 recursive,
                 read_only,
-                receive_unmounts,
+                receive_mounts,
                 cache,
                 place,
                 pooled,
             } => {
                 is_pooled = *pooled;
-                let fd = share::clone_directory(source, *place, *recursive, *read_only, *receive_unmounts)?;
+                let mut fd = share::clone_directory(source, *place, *recursive, *read_only, *receive_mounts)?;
+                if *receive_mounts {
+                    let (placed, mount) = share::hold(source, &fd, holder)?;
+                    fd = placed;
+                    held = Some(mount);
+                }
                 (share, fd, *cache)
             }
             HostStep::Volume {
@@ -144,6 +155,7 @@ pub fn realize(plan: &mut Plan, watch: Watch<'_>) -> Result<Attachments, Storage
             fd,
             cache,
             pooled: is_pooled,
+            held,
         });
     }
     for volume in unfit {

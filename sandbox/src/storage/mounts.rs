@@ -216,7 +216,9 @@ impl Plan {
             return Ok((root_of_volume(name), words));
         }
         let recursive = words.iter().any(|word| word == "rbind");
-        let receive_unmounts = matches!(options::propagation(&words), Some("slave" | "rslave"));
+        let receive_mounts = matches!(options::propagation(&words), Some("slave" | "rslave"));
+        let (source, info, path) =
+            in_its_empty_dir(&source, &info, probe).unwrap_or((source, info, String::new()));
         // An emptyDir is the pod's: one share, also where a container may only read, so that its containers see each
         // other's writes in one cache. What else is read-only stays so whatever the guest does.
         let read_only = if kubelet::is_empty_dir(&source) {
@@ -224,18 +226,18 @@ impl Plan {
         } else {
             read_only
         };
-        let share = pooled_name(&info, recursive, read_only, receive_unmounts);
+        let share = pooled_name(&info, recursive, read_only, receive_mounts);
         self.push_once(HostStep::Directory {
             share: share.clone(),
             source,
             recursive,
             read_only,
-            receive_unmounts,
+            receive_mounts,
             cache: CachePolicy::Shared,
             place: Some(info.place),
             pooled: true,
         });
-        Ok((root_of(share), words))
+        Ok((MountSource::Share { name: share, path }, words))
     }
 
     /// The same directory may be mounted at several places of a container.
@@ -288,6 +290,32 @@ impl Plan {
     fn share_name(&self, context: Context<'_>) -> String {
         format!("{}.{}", context.container_id, self.host.len())
     }
+}
+
+/// A directory in an emptyDir that a container mounts by a `subPath`: the emptyDir and the path in it, so that there is
+/// one share of both.
+fn in_its_empty_dir(
+    source: &Path,
+    info: &SourceInfo,
+    probe: Probe<'_>,
+) -> Option<(PathBuf, SourceInfo, String)> {
+    let volume = kubelet::empty_dir_of_sub_path(source)?;
+    let shows = info.shows.as_ref()?.to_str()?;
+    let end = format!(
+        "/{}",
+        Path::new(volume.parent()?.file_name()?)
+            .join(volume.file_name()?)
+            .to_str()?
+    );
+    let (_, path) = shows.split_once(&end)?;
+    let path = path.trim_start_matches('/');
+    // The path is a guess until it leads to the very directory.
+    let found = probe(&volume.join(path)).ok()?;
+    let volume_info = probe(&volume).ok()?;
+    found
+        .place
+        .is_file_of(info.place)
+        .then(|| (volume, volume_info, path.to_owned()))
 }
 
 /// What of the guest's own stands for a bind of this source, if anything does. An error for what cannot be shared.
@@ -374,7 +402,7 @@ fn kernel(kind: &str) -> MountSource {
 
 /// The name of a share that says all about it: containers whose mounts come to the same name have it in common, and
 /// with it one cache in the guest. No container's id begins with this character.
-fn pooled_name(info: &SourceInfo, recursive: bool, read_only: ReadOnly, receive_unmounts: bool) -> String {
+fn pooled_name(info: &SourceInfo, recursive: bool, read_only: ReadOnly, receive_mounts: bool) -> String {
     let Place { device, inode, mount } = info.place;
     let below = if recursive { info.below } else { 0 };
     let depth = match (recursive, read_only) {
@@ -384,7 +412,7 @@ fn pooled_name(info: &SourceInfo, recursive: bool, read_only: ReadOnly, receive_
         (true, ReadOnly::Top) => "rw",
         (true, ReadOnly::Recursive) => "rr",
     };
-    let slave = if receive_unmounts { "s" } else { "" };
+    let slave = if receive_mounts { "s" } else { "" };
     format!("@{device:x}.{inode:x}.{mount:x}.{below:x}.{depth}{slave}")
 }
 

@@ -87,8 +87,8 @@ pub enum HostStep {
         recursive: bool,
         /// Whether the guest may only read.
         read_only: ReadOnly,
-        /// Whether an unmount below it on the host is one in the share too.
-        receive_unmounts: bool,
+        /// Whether what is mounted or unmounted below it on the host is in the share too.
+        receive_mounts: bool,
         /// How the guest may cache.
         cache: CachePolicy,
         /// Which directory that was when it was planned, if it must still be the same.
@@ -327,7 +327,7 @@ impl Plan {
             source,
             recursive: true,
             read_only: ReadOnly::No,
-            receive_unmounts: false,
+            receive_mounts: false,
             cache: CachePolicy::Shared,
             place: None,
             pooled: false,
@@ -375,7 +375,7 @@ impl Plan {
             } else {
                 ReadOnly::No
             },
-            receive_unmounts: false,
+            receive_mounts: false,
             cache: CachePolicy::Exclusive,
             place: None,
             pooled: false,

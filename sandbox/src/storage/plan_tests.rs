@@ -16,6 +16,7 @@ fn host(path: &Path) -> io::Result<SourceInfo> {
         "/run/shm" | "/dev" => tmpfs(Directory),
         "/k/pods/1/volumes/kubernetes.io~empty-dir/mem"
         | "/k/pods/1/volumes/kubernetes.io~empty-dir/disk"
+        | "/k/pods/1/volumes/kubernetes.io~empty-dir/disk/a/b"
         | "/k/pods/1/volumes/kubernetes.io~secret/s"
         | "/k/pods/1/volume-subpaths/mem/c/0"
         | "/k/pods/1/volume-subpaths/disk/c/0" => tmpfs(Directory),
@@ -28,8 +29,18 @@ fn host(path: &Path) -> io::Result<SourceInfo> {
         "/sys/fs/cgroup" | "/sys/fs/cgroup/x" => Ok((Directory, FileSystem::Cgroup)),
         _ => Err(io::Error::from_raw_os_error(libc::ENOENT)),
     }?;
-    let inode = path.as_os_str().len() as u64;
-    let shows = (path == Path::new("/k/pods/1/volume-subpaths/mem/c/0")).then(|| "/sub/dir".into());
+    // A directory in an emptyDir, and the bind mount of it.
+    let inode = match path.to_str().unwrap() {
+        "/k/pods/1/volume-subpaths/disk/c/0" | "/k/pods/1/volumes/kubernetes.io~empty-dir/disk/a/b" => 1000,
+        other => other.len() as u64,
+    };
+    let shows = match path.to_str().unwrap() {
+        "/k/pods/1/volume-subpaths/mem/c/0" => Some("/sub/dir".into()),
+        "/k/pods/1/volume-subpaths/disk/c/0" => {
+            Some("/lib/k/pods/1/volumes/kubernetes.io~empty-dir/disk/a/b".into())
+        }
+        _ => None,
+    };
     Ok(SourceInfo {
         kind,
         file_system,
@@ -185,7 +196,7 @@ fn a_bind_is_shared_as_deep_and_as_writable_as_it_is() {
         source: "/snap/1/fs".into(),
         recursive,
         read_only,
-        receive_unmounts: false,
+        receive_mounts: false,
         cache: CachePolicy::Exclusive,
         place: None,
         pooled: false,
@@ -331,12 +342,12 @@ fn directories_are_shared_each_and_files_together() {
            {"destination":"/etc/resolv.conf","type":"bind","source":"/etc/resolv.conf"}"#,
     )
     .unwrap();
-    let directory = |share: &str, source: &str, recursive, read_only, receive_unmounts| HostStep::Directory {
+    let directory = |share: &str, source: &str, recursive, read_only, receive_mounts| HostStep::Directory {
         share: share.into(),
         source: source.into(),
         recursive,
         read_only,
-        receive_unmounts,
+        receive_mounts,
         cache: CachePolicy::Shared,
         place: Some(place(source)),
         pooled: true,
@@ -543,8 +554,11 @@ fn an_empty_dir_in_memory_is_the_guests_and_its_sub_paths_too() {
     let (source, volumes, shares) = bind("volumes/kubernetes.io~empty-dir/disk");
     assert!(matches!(source, MountSource::Share { .. }), "{source:?}");
     assert_eq!((volumes, shares), (vec![], 1));
-    let (source, ..) = bind("volume-subpaths/disk/c/0");
-    assert!(matches!(source, MountSource::Share { .. }), "{source:?}");
+    let MountSource::Share { name: whole, .. } = source else {
+        panic!("{source:?}");
+    };
+    // A part of it is the same share.
+    assert_eq!(bind("volume-subpaths/disk/c/0").0, share(&whole, "a/b"));
 }
 
 #[test]

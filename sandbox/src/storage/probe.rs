@@ -86,7 +86,7 @@ pub struct SourceInfo {
     pub owner: Owner,
     /// Whether something is mounted right here.
     pub mount_root: bool,
-    /// Which directory of its file system the mount shows, of a `subPath` in a tmpfs.
+    /// Which directory of its file system the mount shows, of a `subPath`.
     pub shows: Option<PathBuf>,
     /// A number that tells which mounts are below a directory; 0 for none.
     pub below: u64,
@@ -129,9 +129,7 @@ impl Host {
         {
             let real = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
             info.below = self.mounts.below(&real)?;
-            if matches!(info.file_system, FileSystem::Tmpfs { .. })
-                && kubelet::empty_dir_of_sub_path(path).is_some()
-            {
+            if kubelet::empty_dir_of_sub_path(path).is_some() {
                 info.shows = Some(self.mounts.root_of(info.place.mount)?);
             }
         }

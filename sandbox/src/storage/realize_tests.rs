@@ -69,6 +69,7 @@ fn realized(step: HostStep) -> Result<Attachments, StorageError> {
             read_only_rootfs: false,
         },
         &|_, _| Ok(()),
+        &MountHolder::default(),
     )
 }
 
@@ -90,7 +91,7 @@ fn directory(source: &Path, recursive: bool, read_only: ReadOnly) -> HostStep {
         source: source.into(),
         recursive,
         read_only,
-        receive_unmounts: false,
+        receive_mounts: false,
         cache: CachePolicy::Shared,
         place: None,
         pooled: false,
@@ -166,6 +167,7 @@ fn an_overlay_is_mounted_the_older_way_too() {
         fd,
         cache: CachePolicy::Exclusive,
         pooled: false,
+        held: None,
     };
     check_overlay(&dir, &share, 60);
     assert!(
@@ -440,7 +442,7 @@ fn a_specification_goes_all_the_way() {
     let spec: Spec = serde_json::from_str(&spec).unwrap();
     assert!(shm_bytes(&spec) > 0);
     let mut plan = plan(&spec, &dir.path.join("bundle"), &[], "c1").unwrap();
-    let attachments = realize(&mut plan, &|_, _| Ok(())).unwrap();
+    let attachments = realize(&mut plan, &|_, _| Ok(()), &MountHolder::default()).unwrap();
     let names: Vec<&str> = attachments
         .shares
         .iter()
@@ -512,7 +514,7 @@ fn a_volume_of_files_is_copied_or_shared_when_it_is_too_large() {
     let spec: Spec = serde_json::from_str(&spec).unwrap();
     let realized = || {
         let mut plan = plan(&spec, &dir.path, &[], "c1").unwrap();
-        let attachments = realize(&mut plan, &|_, _| Ok(())).unwrap();
+        let attachments = realize(&mut plan, &|_, _| Ok(()), &MountHolder::default()).unwrap();
         (plan.mounts.remove(0).source, attachments)
     };
     let (source_of_mount, attachments) = realized();
@@ -694,4 +696,48 @@ fn an_upper_directory_that_the_guest_would_not_see_must_be_empty() {
     fs::write(dir.path().join("file"), "").unwrap();
     let error = unseen().unwrap_err();
     assert!(matches!(error, StorageError::UpperInUse(_)), "{error}");
+}
+
+#[test]
+fn a_slave_receives_the_hosts_mounts_and_gives_up_its_place() {
+    use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
+    needs_root!();
+    let dir = Directory::new();
+    mount_change(&dir.path, MountPropagationFlags::SHARED).unwrap();
+    let below = dir.make("shared/below");
+    let source = dir.path.join("shared");
+    let holder = MountHolder::default();
+    let share = |receive| {
+        let mut step = directory(&source, true, ReadOnly::No);
+        if let HostStep::Directory { receive_mounts, .. } = &mut step {
+            *receive_mounts = receive;
+        }
+        let mut plan = Plan {
+            host: vec![step],
+            rootfs: Vec::new(),
+            mounts: Vec::new(),
+            volumes: Vec::new(),
+            read_only_rootfs: false,
+        };
+        realize(&mut plan, &|_, _| Ok(()), &holder)
+            .unwrap()
+            .shares
+            .remove(0)
+    };
+    let own = |text: &str| text.matches(dir.path.to_str().unwrap()).count();
+    let before = own(&mounts_of_this_process());
+    let (private, slave) = (share(false), share(true));
+    assert!(private.held.is_none() && slave.held.is_some());
+    mount("tmpfs", &below, "tmpfs", MountFlags::empty(), None).unwrap();
+    dir.file("shared/below/mounted", "");
+    assert!(inside(&slave, "below/mounted").exists());
+    assert!(!inside(&private, "below/mounted").exists());
+    // Nothing that the slave mounts is seen by the host, and nothing keeps the host from unmounting.
+    unmount(&below, UnmountFlags::empty()).unwrap();
+    assert!(!inside(&slave, "below/mounted").exists());
+    assert_eq!(before, own(&mounts_of_this_process()));
+    drop((private, slave));
+    // Two at a time, and again.
+    let both = (share(true), share(true));
+    assert!(inside(&both.0, "below").exists() && inside(&both.1, "below").exists());
 }

@@ -8,6 +8,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
 
 use super::error::StorageError;
+use super::holder::{HeldMount, MountHolder};
 use super::plan::{FileBind, ReadOnly};
 use super::probe::{FileKind, FileSystem, Place, inspect, open_path};
 use super::sys::{attr, clone_tree, in_private_namespace, set_attributes};
@@ -18,7 +19,7 @@ pub(super) fn clone_directory(
     place: Option<Place>,
     recursive: bool,
     read_only: ReadOnly,
-    receive_unmounts: bool,
+    receive_mounts: bool,
 ) -> Result<OwnedFd, StorageError> {
     let place = open_same(source, place, FileKind::Directory, "a directory")?;
     let failed = |stage| move |cause| mount_error(source, stage, cause);
@@ -27,7 +28,7 @@ pub(super) fn clone_directory(
         ReadOnly::Recursive => attr::SHARE | attr::RDONLY,
         ReadOnly::No | ReadOnly::Top => attr::SHARE,
     };
-    let propagation = if receive_unmounts {
+    let propagation = if receive_mounts {
         libc::MS_SLAVE
     } else {
         libc::MS_PRIVATE
@@ -37,6 +38,17 @@ pub(super) fn clone_directory(
         set_attributes(&tree, false, attr::RDONLY, None).map_err(failed("mount_setattr"))?;
     }
     Ok(tree)
+}
+
+/// Gives a clone that is a slave of the host's mounts a place where it receives them.
+pub(super) fn hold(
+    source: &Path,
+    tree: &OwnedFd,
+    holder: &MountHolder,
+) -> Result<(OwnedFd, HeldMount), StorageError> {
+    holder
+        .hold(tree)
+        .map_err(|cause| mount_error(source, "finding a place for mounts of the host's", cause))
 }
 
 /// Gathers single files in one directory, each under its position as name: a share must be a directory.

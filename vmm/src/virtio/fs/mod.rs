@@ -2,14 +2,16 @@
 //!
 //! This file is the device, its threads, and the handle by which shares come and go. [`tree`] is the file system
 //! that the guest sees, [`table`] which shares it is made of, [`share`] one of them, [`request`] the way of a request
-//! between queue and tree.
+//! between queue and tree, [`thread`] what the threads are, [`xattr`] the names of attributes.
 
 mod request;
 mod share;
 mod table;
 #[cfg(test)]
 mod tests;
+mod thread;
 mod tree;
+mod xattr;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -128,7 +130,7 @@ impl FsHandle {
     /// Shows the directory `root` under `name`. Links in it are followed by the guest, within the guest.
     ///
     /// The process must have its own /proc mounted: that is how a directory known by descriptor is opened anew.
-    /// Its umask is cleared, since the guest's requests say which mode they want.
+    /// The calling thread's umask is cleared.
     ///
     /// # Errors
     /// [`ShareError`].
@@ -193,8 +195,10 @@ impl Device for Fs {
             let shared = shared.clone();
             let carrier = Carrier::new(server.clone(), &memory)?;
             self.workers.spawn(&format!("fs{number}"), move || {
-                keep_capabilities();
-                shared.run(carrier);
+                // Without an umask of its own a thread would make files with that of another's request.
+                if thread::prepare().is_ok() {
+                    shared.run(carrier);
+                }
             })?;
         }
         Ok(())
@@ -221,27 +225,6 @@ impl Device for Fs {
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into()
-    }
-}
-
-/// Lets this thread keep its capabilities when it acts as another user.
-///
-/// Files are made as the guest's user so that they belong to it. Whether that user may make them is the guest
-/// kernel's decision (`default_permissions`): it knows groups and capabilities that are not in the request. The
-/// host, asked a second time without these, would refuse what the guest has allowed.
-fn keep_capabilities() {
-    const SECBIT_NO_SETUID_FIXUP: libc::c_ulong = 1 << 2;
-    // SAFETY: prctl(2) with these operations reads and changes only this thread's credentials.
-    unsafe {
-        let bits = libc::prctl(libc::PR_GET_SECUREBITS);
-        if bits >= 0 {
-            // Not permitted without CAP_SETPCAP. The jail then has set it before it dropped that; without it,
-            // files in directories that are open to a supplementary group only cannot be made.
-            libc::prctl(
-                libc::PR_SET_SECUREBITS,
-                bits as libc::c_ulong | SECBIT_NO_SETUID_FIXUP,
-            );
-        }
     }
 }
 

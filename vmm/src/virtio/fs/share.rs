@@ -10,14 +10,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{FsOptions, OpenOptions};
+use fuse_backend_rs::abi::fuse_abi::{ATTR_SUBMOUNT, FsOptions, OpenOptions, ROOT_ID};
 use fuse_backend_rs::abi::virtio_fs::RemovemappingOne;
 use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
 use fuse_backend_rs::api::{BackendFileSystem, validate_path_component};
 use fuse_backend_rs::passthrough::{CachePolicy as Caching, Config, PassthroughFs};
 use fuse_backend_rs::transport::FsCacheReqHandler;
 use protocol::vmm::CachePolicy;
-use rustix::fs::{AtFlags, FileType};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
 
 use super::ShareError;
 
@@ -27,6 +27,10 @@ const EXCLUSIVE_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 const SHARED_TIMEOUT: Duration = Duration::from_secs(1);
 /// `FOPEN_NOFLUSH` (Linux 5.16 `include/uapi/linux/fuse.h`), which the crate does not know: closing needs no request.
 const FOPEN_NOFLUSH: u32 = 1 << 5;
+/// Which bits of an inode's number stand for its file system and mount (`fuse-backend-rs`, `use_host_ino`).
+const MOUNT_BITS: u64 = 0xff << 47;
+/// How often a file that is being renamed is looked for, to link it.
+const LINK_ATTEMPTS: u32 = 3;
 /// Flags of open(2) that are carried out on the host. Others mean something else than opening this very file:
 /// `O_PATH` would even make `O_CREAT` follow symbolic links.
 const OPEN_FLAGS: i32 = libc::O_ACCMODE
@@ -46,10 +50,12 @@ pub struct Share {
     /// The host's side of it.
     pub files: PassthroughFs,
     cache: CachePolicy,
+    /// The file system that the directory is on.
+    device: u64,
     removed: AtomicBool,
     handles: AtomicU64,
     /// What `files` was told to begin at, by path: it must stay open as long as the directory is begun anew.
-    _root: OwnedFd,
+    root: OwnedFd,
 }
 
 impl Share {
@@ -58,8 +64,8 @@ impl Share {
     /// # Errors
     /// [`ShareError::NotADirectory`], or [`ShareError::Host`] when the host refuses to look at it.
     pub fn new(name: &str, root: OwnedFd, cache: CachePolicy, generation: u64) -> Result<Self, ShareError> {
-        let kind = FileType::from_raw_mode(rustix::fs::fstat(root.as_fd()).map_err(io::Error::from)?.st_mode);
-        if kind != FileType::Directory {
+        let stat = rustix::fs::fstat(root.as_fd()).map_err(io::Error::from)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             return Err(ShareError::NotADirectory {
                 name: name.to_owned(),
             });
@@ -89,9 +95,10 @@ impl Share {
             generation,
             files,
             cache,
+            device: stat.st_dev,
             removed: AtomicBool::new(false),
             handles: AtomicU64::new(0),
-            _root: root,
+            root,
         })
     }
 
@@ -179,27 +186,40 @@ impl Share {
                     ..Entry::default()
                 })
             }
-            other => other,
+            other => other.map(|entry| self.announce(parent, entry)),
         }
+    }
+
+    /// Marks a directory on which something else is mounted on the host: the guest mounts it too, so that it is a file
+    /// system of its own there. A bind mount of the share's own file system at its top is not noticed.
+    pub fn announce(&self, parent: u64, mut entry: Entry) -> Entry {
+        let crossed = if parent == ROOT_ID {
+            entry.attr.st_dev != self.device
+        } else {
+            (parent ^ entry.inode) & MOUNT_BITS != 0
+        };
+        if crossed && FileType::from_raw_mode(entry.attr.st_mode) == FileType::Directory {
+            entry.attr_flags |= ATTR_SUBMOUNT;
+        }
+        entry
     }
 
     /// Gives a file one more name.
     ///
     /// # Errors
-    /// `EPERM` for what is not a regular file, and what else the directory reports.
+    /// `EPERM` for a directory, and what else the directory reports.
     pub fn link(&self, context: &Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
         // The crate links by descriptor alone, which wants CAP_DAC_READ_SEARCH; with that capability a process
         // could open any file of a shared file system. By its name in /proc a descriptor needs none.
-        let (file, directory) = match (self.descriptor(inode), self.descriptor(parent)) {
-            (Ok(file), Ok(directory)) => (file, directory),
-            (Err(error), _) | (_, Err(error)) if error.raw_os_error() == Some(libc::EBADF) => {
-                return Err(errno(libc::EPERM));
-            }
-            (Err(error), _) | (_, Err(error)) => return Err(error),
+        let file = match self.descriptor(inode) {
+            Err(error) if error.raw_os_error() == Some(libc::EBADF) => self.place(inode)?,
+            other => other?,
         };
+        let directory = self.descriptor(parent)?;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         rustix::fs::linkat(rustix::fs::CWD, path, directory, name, AtFlags::SYMLINK_FOLLOW)?;
-        self.files.lookup(context, parent, name)
+        let entry = self.files.lookup(context, parent, name)?;
+        Ok(self.announce(parent, entry))
     }
 
     /// A regular file or directory, open for reading.
@@ -208,6 +228,34 @@ impl Share {
         self.files
             .setupmapping(&Context::default(), inode, 0, 0, 0, 0, 0, &mut taker)?;
         taker.0.ok_or_else(|| errno(libc::EBADF))
+    }
+
+    /// A file of any kind, as a place: links, FIFOs and devices are never opened. It is found by the path that the
+    /// kernel knows of it, and taken only if it is the same file.
+    fn place(&self, inode: u64) -> io::Result<OwnedFd> {
+        let known = |fd: RawFd| std::fs::read_link(format!("/proc/self/fd/{fd}"));
+        for _ in 0..LINK_ATTEMPTS {
+            let wanted = self.files.getattr(&Context::default(), inode, None)?.0;
+            let path = self.files.readlinkat_proc_file(inode)?;
+            let Ok(below) = path.strip_prefix(known(self.root.as_raw_fd())?) else {
+                break;
+            };
+            let found = rustix::fs::openat2(
+                &self.root,
+                below,
+                OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                Mode::empty(),
+                ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS,
+            );
+            if let Ok(place) = found {
+                let stat = rustix::fs::fstat(&place)?;
+                if (stat.st_dev, stat.st_ino) == (wanted.st_dev, wanted.st_ino) {
+                    return Ok(place);
+                }
+            }
+            // It was renamed between the two looks.
+        }
+        Err(errno(libc::ENOENT))
     }
 
     /// What the guest is told about a file that it has opened with `flags`.

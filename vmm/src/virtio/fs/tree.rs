@@ -18,6 +18,8 @@ use fuse_backend_rs::api::{VFS_MAX_INO, validate_path_component};
 
 use super::share::{errno, open_flags};
 use super::table::{PLACE_SHIFT, Tree, join};
+use super::thread::Umask;
+use super::xattr;
 
 /// The most that Linux stores in one extended attribute, or lists (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const MAX_XATTR: u32 = 64 * 1024;
@@ -64,11 +66,14 @@ impl FileSystem for Tree {
             | FsOptions::BIG_WRITES
             | FsOptions::CACHE_SYMLINKS
             | FsOptions::DO_READDIRPLUS
+            | FsOptions::DONT_MASK
             | FsOptions::HANDLE_KILLPRIV_V2
             | FsOptions::INIT_EXT
             | FsOptions::MAX_PAGES
             | FsOptions::PARALLEL_DIROPS
-            | FsOptions::READDIRPLUS_AUTO;
+            | FsOptions::POSIX_ACL
+            | FsOptions::READDIRPLUS_AUTO
+            | FsOptions::SUBMOUNTS;
         let options = wanted & capable;
         self.agree(options)?;
         Ok(options)
@@ -144,20 +149,22 @@ impl FileSystem for Tree {
     ) -> io::Result<Entry> {
         validate_path_component(name)?;
         let (share, inode) = self.live(parent)?;
+        let _umask = Umask::of_guest(umask);
         Ok(join(
             &share,
             parent,
-            share.files.mknod(context, inode, name, mode, device, umask)?,
+            share.files.mknod(context, inode, name, mode, device, 0)?,
         ))
     }
 
     fn mkdir(&self, context: &Context, parent: u64, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry> {
         validate_path_component(name)?;
         let (share, inode) = self.live(parent)?;
+        let _umask = Umask::of_guest(umask);
         Ok(join(
             &share,
             parent,
-            share.files.mkdir(context, inode, name, mode, umask)?,
+            share.files.mkdir(context, inode, name, mode, 0)?,
         ))
     }
 
@@ -218,8 +225,10 @@ impl FileSystem for Tree {
         let exclusive = arguments.flags & libc::O_EXCL as u32;
         let flags = open_flags(arguments.flags)?;
         let (share, inode) = self.share(parent)?;
+        let _umask = Umask::of_guest(arguments.umask);
         let arguments = CreateIn {
             flags: flags | exclusive,
+            umask: 0,
             ..arguments
         };
         let (entry, handle, options, _) =
@@ -340,7 +349,9 @@ impl FileSystem for Tree {
         flags: u32,
     ) -> io::Result<()> {
         let (share, inode) = self.live(node)?;
-        share.files.setxattr(context, inode, name, value, flags)
+        share
+            .files
+            .setxattr(context, inode, &xattr::on_host(name)?, value, flags)
     }
 
     fn getxattr(&self, context: &Context, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
@@ -348,7 +359,16 @@ impl FileSystem for Tree {
             return Err(errno(libc::ENODATA));
         }
         let (share, inode) = self.share(node)?;
-        share.files.getxattr(context, inode, name, size.min(MAX_XATTR))
+        let on_host = xattr::on_host(name).map_err(|_| errno(libc::ENODATA))?;
+        let value = share
+            .files
+            .getxattr(context, inode, &on_host, size.min(MAX_XATTR));
+        match value {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) && xattr::is_acl(name) => {
+                Err(errno(libc::ENODATA))
+            }
+            value => value,
+        }
     }
 
     fn listxattr(&self, context: &Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
@@ -360,12 +380,21 @@ impl FileSystem for Tree {
             });
         }
         let (share, inode) = self.share(node)?;
-        share.files.listxattr(context, inode, size.min(MAX_XATTR))
+        // All of them: names are shorter in the guest than on the host.
+        let names = match share.files.listxattr(context, inode, MAX_XATTR)? {
+            ListxattrReply::Names(names) => xattr::in_guest(&names),
+            ListxattrReply::Count(_) => Vec::new(),
+        };
+        match (size as usize, names.len()) {
+            (0, length) => Ok(ListxattrReply::Count(length as u32)),
+            (room, length) if room < length => Err(errno(libc::ERANGE)),
+            _ => Ok(ListxattrReply::Names(names)),
+        }
     }
 
     fn removexattr(&self, context: &Context, node: u64, name: &CStr) -> io::Result<()> {
         let (share, inode) = self.live(node)?;
-        share.files.removexattr(context, inode, name)
+        share.files.removexattr(context, inode, &xattr::on_host(name)?)
     }
 
     fn opendir(&self, context: &Context, node: u64, flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
@@ -422,7 +451,7 @@ impl FileSystem for Tree {
                 .files
                 .readdirplus(context, inode, handle, size, offset, &mut |mut listed, entry| {
                     *emitted = true;
-                    let entry = join(&share, node, entry);
+                    let entry = join(&share, node, share.announce(inode, entry));
                     listed.ino = entry.inode;
                     emit(listed, entry)
                 })
