@@ -296,7 +296,13 @@ impl Sandbox {
     /// [`ErrorKind::NotFound`]; [`ErrorKind::Unavailable`] when the VM is gone and none were read.
     pub async fn stats(&self, container: &str) -> Result<ContainerStatsResponse, Error> {
         let pod = self.pod();
-        if !pod.containers().made("read the counters of", container)?.in_guest {
+        // Nobody knows of one that is not made yet, or not there any more.
+        let in_guest = {
+            let containers = pod.containers();
+            let found = containers.get(container)?;
+            (found.phase == Phase::Made).then_some(found.in_guest)
+        };
+        if !in_guest.ok_or_else(|| Error::NoContainer(container.to_owned()))? {
             return self.usage().await;
         }
         let result = match pod.agent().await {

@@ -2,7 +2,7 @@
 //! specification of a sandbox container, and files for what CRI mounts into each container. So one way leads on from
 //! here, whoever keeps the pod's sandbox.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::Path;
 
@@ -61,7 +61,7 @@ pub fn spec(request: &CreateSandboxRequest, config: &PodSandboxConfig) -> Value 
         "annotations": annotations(request, config, &linux),
         "linux": {
             "namespaces": namespaces(request, &linux),
-            "sysctl": linux.sysctls,
+            "sysctl": sysctls(&linux),
         },
     });
     if !linux.cgroup_parent.is_empty() {
@@ -125,6 +125,19 @@ fn namespaces(request: &CreateSandboxRequest, linux: &LinuxPodSandboxConfig) -> 
         list.push(json!({ "type": "user" }));
     }
     list
+}
+
+/// The pod's kernel parameters, with those that containerd and Docker give every container: any user may listen on any
+/// port and send pings.
+fn sysctls(linux: &LinuxPodSandboxConfig) -> HashMap<String, String> {
+    let mut all = linux.sysctls.clone();
+    for (name, value) in [
+        ("net.ipv4.ip_unprivileged_port_start", "0"),
+        ("net.ipv4.ping_group_range", "0 2147483647"),
+    ] {
+        all.entry(name.to_owned()).or_insert_with(|| value.to_owned());
+    }
+    all
 }
 
 /// As containerd's CRI names a container's cgroup: in systemd's way below a slice, else as a directory.
@@ -248,6 +261,7 @@ mod tests {
             hostname: "h".into(),
             linux: MessageField::some(LinuxPodSandboxConfig {
                 cgroup_parent: "/kubepods/pod1".into(),
+                sysctls: HashMap::from([("net.ipv4.ping_group_range".into(), "0 0".into())]),
                 resources: MessageField::some(LinuxContainerResources {
                     cpu_period: 100_000,
                     cpu_quota: 250_000,
@@ -271,6 +285,9 @@ mod tests {
         assert_eq!(spec["linux"]["cgroupsPath"], "/kubepods/pod1/pod");
         assert_eq!(kinds(&spec), ["mount", "uts", "network", "pid", "ipc"]);
         assert_eq!(spec["linux"]["namespaces"][2]["path"], "/run/netns/n");
+        let sysctls = &spec["linux"]["sysctl"];
+        assert_eq!(sysctls["net.ipv4.ping_group_range"], "0 0");
+        assert_eq!(sysctls["net.ipv4.ip_unprivileged_port_start"], "0");
         serde_json::from_value::<oci_spec::runtime::Spec>(spec).unwrap();
     }
 

@@ -54,6 +54,12 @@ pub unsafe fn clone3(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<
     }
 }
 
+/// What ps(1) calls the process.
+pub fn set_name(name: &CStr) {
+    // SAFETY: the name ends in zero; the kernel takes 15 bytes of it.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
 /// Ends the process without running anything on the way out.
 pub fn exit(status: i32) -> ! {
     // SAFETY: _exit(2) has no preconditions.

@@ -154,6 +154,8 @@ guest_tests! {
         let (pid, count) = output.stdout.split_once('\n').unwrap();
         assert!(pid.parse::<u32>().unwrap() > 1);
         assert_eq!(count, "1\n");
+        let first = host.run_exec(exec("a", "first", "cat /proc/1/comm")).await.stdout;
+        assert_eq!(first, "pause\n");
         // The end of one leaves the other alone.
         let output = host.run_exec(exec("a", "e", "ps -o args | grep -c '[s]leep 777'")).await;
         assert_eq!(output.stdout, "1\n");
