@@ -97,9 +97,8 @@ impl Sandbox {
             rustix::system::sethostname(request.hostname.as_bytes()).map_err(kernel("set the host name"))?;
         }
         // Before the sysctls, which may name an interface.
-        if let Some(network) = request.network.into_option() {
-            self.network.apply(network).await?;
-        }
+        let network = request.network.into_option().unwrap_or_default();
+        self.network.apply(network).await?;
         for (name, value) in &request.sysctls {
             let member = format!("sysctls[{name:?}]");
             if let Step::Write { path, data, .. } = sysctl(&member, name, value)? {

@@ -28,7 +28,8 @@ numbers! {
     /// Attributes of links.
     u16 {
         IFLA_ADDRESS = 1, IFLA_IFNAME = 3, IFLA_MTU = 4, IFLA_LINK = 5, IFLA_MASTER = 10, IFLA_LINKINFO = 18,
-        IFLA_AF_SPEC = 26, IFLA_LINK_NETNSID = 37, IFLA_PERM_ADDRESS = 54, IFLA_INFO_KIND = 1,
+        IFLA_AF_SPEC = 26, IFLA_LINK_NETNSID = 37, IFLA_PERM_ADDRESS = 54, IFLA_INFO_KIND = 1, IFLA_INFO_DATA = 2,
+        IFLA_IPVLAN_MODE = 1,
         IFLA_INET6_ADDR_GEN_MODE = 8,
     }
     /// Attributes of addresses.
@@ -67,6 +68,8 @@ numbers! {
     u32 { RTMGRP_LINK = 1 }
     /// Types of devices (`if_arp.h`).
     u16 { ARPHRD_ETHER = 1 }
+    /// Modes of ipvlan (`if_link.h`).
+    u16 { IPVLAN_MODE_L3S = 2 }
 }
 
 /// `struct ifinfomsg`.

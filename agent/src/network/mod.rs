@@ -2,6 +2,7 @@
 //! containers make for themselves (bridges, routes of their own) is left alone.
 
 mod messages;
+mod parking;
 #[cfg(test)]
 mod tests;
 
@@ -22,6 +23,7 @@ use rustix::io::Errno;
 use tokio::io::Interest;
 
 use self::messages::Change;
+use self::parking::Parked;
 
 /// How long a link may take to come up after the host has connected it. A link that is down all the same is no
 /// failure: so is a cable that nobody has plugged in.
@@ -50,7 +52,13 @@ fn refused(what: impl Into<String>) -> impl FnOnce(netlink::Error) -> NetworkErr
 
 /// What the network was last made to be.
 #[derive(Debug, Default)]
-pub struct State(Mutex<Network>);
+pub struct State(Mutex<Current>);
+
+#[derive(Debug, Default)]
+struct Current {
+    network: Network,
+    parked: Parked,
+}
 
 /// A device of this guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,17 +78,25 @@ impl State {
     pub async fn apply(&self, wanted: Network) -> Result<(), NetworkError> {
         let indices = {
             let mut current = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let before = std::mem::replace(&mut *current, wanted.clone());
-            change(&before, &wanted)?
+            let before = std::mem::replace(&mut current.network, wanted.clone());
+            change(&before, &wanted, &mut current.parked)?
         };
         wait_for_carrier(&indices).await
     }
 }
 
 /// Goes from one network to the next; gives the indices of its devices.
-fn change(before: &Network, wanted: &Network) -> Result<Vec<u32>, NetworkError> {
+fn change(before: &Network, wanted: &Network, parked: &mut Parked) -> Result<Vec<u32>, NetworkError> {
     let mut socket = Socket::open(Family::Route).map_err(refused("speak to the kernel about networks"))?;
-    let devices = devices(&mut socket)?;
+    let mut devices = devices(&mut socket)?;
+    if wanted
+        .interfaces
+        .iter()
+        .any(|interface| find(&devices, interface).is_err())
+        && parked.fetch()
+    {
+        devices = self::devices(&mut socket)?;
+    }
     take_away(&mut socket, &devices, before, wanted)?;
     let indices = wanted
         .interfaces
@@ -122,6 +138,11 @@ fn change(before: &Network, wanted: &Network) -> Result<Vec<u32>, NetworkError> 
         add(&mut socket, &message, || {
             format!("add the rule with priority {}", rule.priority)
         })?;
+    }
+    for device in &devices {
+        if !indices.values().any(|index| *index == device.index) {
+            parked.park(&device.name);
+        }
     }
     Ok(indices.into_values().collect())
 }

@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use crate::error::{ErrorKind, kind_of_io};
 
 /// What works, for messages.
-const DEVICES: &str =
-    "veth, macvlan, ipvlan, bridge, bond, vlan, dummy, netkit and physical Ethernet devices do";
+const DEVICES: &str = "veth, macvlan, ipvlan (l2 and l3), bridge, bond, vlan, dummy, netkit (l2) and physical Ethernet devices can";
 
 /// What went wrong with the network.
 #[derive(Debug, thiserror::Error)]
@@ -35,13 +34,13 @@ pub enum NetworkError {
     },
     /// An interface of a kind that no VM can be wired to.
     #[error(
-        "the pod's interface {name} cannot be given to a VM: it is a {kind}; {DEVICES}: have the CNI plugin make one of \
+        "the pod's interface {name} cannot be given to a VM: its kind is {kind}; {DEVICES}: have the CNI plugin make one of \
          those, or use another RuntimeClass"
     )]
     Device {
         /// The interface.
         name: String,
-        /// What kind of device it is.
+        /// Its kind, as the kernel names it.
         kind: String,
     },
     /// An interface without an Ethernet address of its own.

@@ -7,12 +7,13 @@ use std::collections::HashMap;
 use netlink::route::{
     ARPHRD_ETHER, AddressHeader, FRA_DST, FRA_FWMARK, FRA_FWMASK, FRA_IIFNAME, FRA_OIFNAME, FRA_PRIORITY,
     FRA_SRC, FRA_SUPPRESS_PREFIXLEN, FRA_TABLE, IFA_ADDRESS, IFA_F_DADFAILED, IFA_F_TEMPORARY, IFA_FLAGS,
-    IFA_LOCAL, IFF_LOOPBACK, IFF_NOARP, IFF_UP, IFLA_ADDRESS, IFLA_IFNAME, IFLA_INFO_KIND, IFLA_LINK,
-    IFLA_LINK_NETNSID, IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, INET, INET6, LinkHeader, NDA_DST, NDA_LLADDR,
-    NUD_PERMANENT, NeighbourHeader, RT_TABLE_DEFAULT, RT_TABLE_LOCAL, RT_TABLE_MAIN, RTA_DST, RTA_GATEWAY,
-    RTA_METRICS, RTA_MULTIPATH, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE, RTA_VIA, RTAX_MTU,
-    RTM_F_CLONED, RTM_GETADDR, RTM_GETLINK, RTM_GETNEIGH, RTM_GETROUTE, RTM_GETRULE, RTN_BLACKHOLE,
-    RTN_PROHIBIT, RTN_THROW, RTN_UNICAST, RTN_UNREACHABLE, RTNH_F_ONLINK, RouteHeader, RuleHeader,
+    IFA_LOCAL, IFF_LOOPBACK, IFF_NOARP, IFF_UP, IFLA_ADDRESS, IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND,
+    IFLA_IPVLAN_MODE, IFLA_LINK, IFLA_LINK_NETNSID, IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, INET, INET6,
+    IPVLAN_MODE_L3S, LinkHeader, NDA_DST, NDA_LLADDR, NUD_PERMANENT, NeighbourHeader, RT_TABLE_DEFAULT,
+    RT_TABLE_LOCAL, RT_TABLE_MAIN, RTA_DST, RTA_GATEWAY, RTA_METRICS, RTA_MULTIPATH, RTA_OIF, RTA_PREFSRC,
+    RTA_PRIORITY, RTA_TABLE, RTA_VIA, RTAX_MTU, RTM_F_CLONED, RTM_GETADDR, RTM_GETLINK, RTM_GETNEIGH,
+    RTM_GETROUTE, RTM_GETRULE, RTN_BLACKHOLE, RTN_PROHIBIT, RTN_THROW, RTN_UNICAST, RTN_UNREACHABLE,
+    RTNH_F_ONLINK, RouteHeader, RuleHeader,
 };
 use netlink::{Attribute, Attributes, Message, Reply, Socket};
 use protocol::agent::Network;
@@ -127,11 +128,18 @@ fn link(reply: &Reply) -> Option<Found> {
     let header = LinkHeader::decode(reply.header()?);
     let attributes = reply.attributes(LinkHeader::SIZE);
     let number = |kind: u16| attributes.get(kind).and_then(Attribute::u32);
-    let kind = attributes
-        .get(IFLA_LINKINFO)
-        .and_then(|info| info.nested().get(IFLA_INFO_KIND))
+    let info = attributes.get(IFLA_LINKINFO).map(Attribute::nested);
+    let mut kind = info
+        .and_then(|info| info.get(IFLA_INFO_KIND))
         .map(Attribute::text)
         .unwrap_or_default();
+    let mode = info
+        .and_then(|info| info.get(IFLA_INFO_DATA)?.nested().get(IFLA_IPVLAN_MODE))
+        .map(|mode| mode.value);
+    if kind == "ipvlan" && mode == Some(&IPVLAN_MODE_L3S.to_ne_bytes()) {
+        // The host's packet filter hands on what comes in there, past the place where it could be redirected.
+        kind = "ipvlan in mode l3s".to_owned();
+    }
     let stands = STANDS_ON_ANOTHER.contains(&kind.as_str()) && attributes.get(IFLA_LINK_NETNSID).is_none();
     Some(Found {
         header,
@@ -176,8 +184,8 @@ fn choose(found: Vec<Found>, addresses: &HashMap<u32, Vec<Address>>) -> Result<V
         let known = link.kind.is_empty() || KINDS.contains(&link.kind.as_str());
         if !known || link.header.device != ARPHRD_ETHER {
             let kind = match link.kind.as_str() {
-                "" => format!("device of type {}", link.header.device),
-                kind => format!("{kind} device"),
+                "" => format!("hardware of type {}", link.header.device),
+                kind => kind.to_owned(),
             };
             return Err(NetworkError::Device {
                 name: link.name,
