@@ -137,7 +137,7 @@ async fn serve(connection: OwnedFd, times: Times) -> Result<(), AgentError> {
         pod_pid_namespace: Mutex::new(None),
     });
     forward::start().map_err(AgentError::Forward)?;
-    let sandbox = Arc::new(Sandbox::new(engine, listener, times));
+    let sandbox = Arc::new(Sandbox::new(engine, listener, network::State::of_guest(), times));
     rpc::serve(stream, Arc::clone(&sandbox)).await?;
     sandbox.delete_all().await;
     Ok(())

@@ -57,13 +57,13 @@ enum Slot {
 impl Sandbox {
     /// An empty pod.
     #[must_use]
-    pub fn new(engine: Arc<Engine>, events: Listener, times: Times) -> Self {
+    pub fn new(engine: Arc<Engine>, events: Listener, network: network::State, times: Times) -> Self {
         Self {
             engine,
             events,
             containers: Mutex::default(),
             configured: AtomicBool::new(false),
-            network: network::State::default(),
+            network,
             ending: Notify::new(),
             times,
         }

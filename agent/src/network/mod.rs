@@ -71,6 +71,15 @@ struct Device {
 }
 
 impl State {
+    /// That of a guest which has just been booted.
+    #[must_use]
+    pub fn of_guest() -> Self {
+        Self(Mutex::new(Current {
+            network: Network::default(),
+            parked: Parked::of_guest(),
+        }))
+    }
+
     /// Makes the network what `wanted` says. When it returns, the links that the host has connected are up.
     ///
     /// # Errors

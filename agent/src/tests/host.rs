@@ -28,7 +28,7 @@ use crate::reaper::Reaper;
 use crate::sandbox::{Sandbox, Times};
 use crate::storage::Layout;
 use crate::stream::{Connector, Stream};
-use crate::{events, rpc};
+use crate::{events, network, rpc};
 
 type Streams = Arc<Mutex<HashMap<u64, UnixStream>>>;
 
@@ -196,7 +196,12 @@ impl Host {
             connector: connector(&streams),
             pod_pid_namespace: Mutex::new(None),
         });
-        let sandbox = Arc::new(Sandbox::new(engine, listener, Times::default()));
+        let sandbox = Arc::new(Sandbox::new(
+            engine,
+            listener,
+            network::State::default(),
+            Times::default(),
+        ));
         let (ours, theirs) = UnixStream::pair().unwrap();
         let theirs = Stream::new(OwnedFd::from(theirs.into_std().unwrap())).unwrap();
         tokio::spawn(rpc::serve(theirs, sandbox));
