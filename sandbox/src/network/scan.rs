@@ -35,6 +35,10 @@ const STANDARD_RULES: [(u32, u32); 3] = [
     (32767, RT_TABLE_DEFAULT),
 ];
 
+/// What else rules can select by: jumps, realms, tunnels, layer 3 master devices, users, protocols and ports
+/// (`FRA_GOTO`, `FRA_FLOW`, …). A rule without one of its selectors would be another rule.
+const OTHER_SELECTORS: [u16; 8] = [4, 11, 12, 19, 20, 22, 23, 24];
+
 /// An interface that a VM shall have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Link {
@@ -416,6 +420,17 @@ fn rules(socket: &mut Socket) -> Result<Vec<Rule>, NetworkError> {
             let priority = number(FRA_PRIORITY).unwrap_or(0);
             let table = number(FRA_TABLE).unwrap_or_else(|| header.table.into());
             if header.family != family || STANDARD_RULES.contains(&(priority, table)) {
+                continue;
+            }
+            if let Some(selector) = OTHER_SELECTORS
+                .iter()
+                .find(|kind| attributes.get(**kind).is_some())
+            {
+                tracing::warn!(
+                    priority,
+                    selector,
+                    "a rule of the pod's network is left out: it selects by what the guest is not told of"
+                );
                 continue;
             }
             rules.push(Rule {

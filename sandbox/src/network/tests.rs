@@ -81,6 +81,7 @@ fn interfaces_addresses_routes_rules_and_neighbours_are_read() {
         run("ip route add default via 10.1.0.2 dev eth0 table 1000");
         run("ip route add unreachable 203.0.113.0/24");
         run("ip rule add from 10.1.0.5 lookup 1000 pref 100");
+        run("ip rule add uidrange 7-8 lookup 1000 pref 101");
         run("ip neigh add 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee dev net1 nud permanent");
         run("ip neigh add 169.254.1.2 lladdr ee:ee:ee:ee:ee:ef dev net1 nud stale");
         let found = scan_here().unwrap();
