@@ -349,12 +349,12 @@ fn without_an_interface_there_is_loopback_and_one_that_comes_late_is_wired() {
         out = network.outside
     );
     let _ = kata_rs_tests::sh_with_input(&format!("cat > {hook}; chmod +x {hook}"), script.as_bytes()).ok();
-    // ctr has no option for hooks: its own specification, with one more member.
+    // ctr has no option for hooks: its own specification, with one more member and a root file system of its own.
     let started = sh(&format!(
-        "set -e; ctr c create --runtime {RUNTIME} {BUSYBOX} {id} sleep 1000; \
-         ctr c info --spec {id} | jq '.hooks = {{createRuntime: [{{path: \"{hook}\"}}]}}' > {hook}.json; ctr c rm {id}; \
-         ctr run --detach --runtime {RUNTIME} --rootfs=false --config {hook}.json {BUSYBOX} {id} || \
-         ctr run --detach --runtime {RUNTIME} --config {hook}.json {id}"
+        "set -e; ctr c create --runtime {RUNTIME} {BUSYBOX} {id} sleep 1000; mkdir {hook}.root; \
+         ctr c info --spec {id} | jq '.hooks = {{createRuntime: [{{path: \"{hook}\"}}]}} | \
+         .root = {{path: \"{hook}.root\", readonly: true}}' > {hook}.json; ctr c rm {id}; \
+         ctr images mount {BUSYBOX} {hook}.root; ctr run --detach --runtime {RUNTIME} --config {hook}.json {id}"
     ));
     let _ = started.ok();
     let ping = sh(&format!(
@@ -363,7 +363,8 @@ fn without_an_interface_there_is_loopback_and_one_that_comes_late_is_wired() {
     assert!(ping.ok().contains("default via 10.9.0.1 dev eth0"), "{ping:#?}");
     let _ = network.outside("ping -c 2 -w 30 10.9.0.2").ok();
     let _ = sh(&format!(
-        "ctr task kill -s 9 {id}; ctr task rm -f {id}; ctr c rm {id}; rm -f {hook} {hook}.json"
+        "ctr task kill -s 9 {id}; ctr task rm -f {id}; ctr c rm {id}; \
+         ctr images unmount --rm {hook}.root; rmdir {hook}.root; rm -f {hook} {hook}.json"
     ));
     drop(network);
     leaks.nothing_left();
