@@ -80,7 +80,7 @@ impl Network {
 impl Drop for Network {
     fn drop(&mut self) {
         let _ = sh(&format!(
-            "ip netns del {}; ip netns del {}",
+            "ip netns del {0}; ip netns del {1}; ip netns del {1}-far 2>/dev/null",
             self.pod, self.outside
         ));
     }
@@ -230,32 +230,43 @@ fn small_and_large_mtus_two_interfaces_and_a_port_of_the_host() {
     leaks.nothing_left();
 }
 
-/// Interfaces that stand on another one outside of the pod.
+/// Interfaces that stand on another one outside of the pod, and a machine at the other end of that one's cable.
 #[test]
 fn macvlan_and_ipvlan_work() {
     let network = Network::bare();
     network.set_up(
-        "ip -n $O link add low type veth peer name far; ip -n $O link set low up; ip -n $O link set far up
-         ip -n $O addr add 10.9.0.1/24 dev far; ip -n $O addr add fd09::1/64 dev far nodad",
+        "ip netns add $O-far; ip -n $O link add low type veth peer name far netns $O-far
+         ip -n $O link set low up; ip -n $O-far link set far up
+         ip -n $O-far addr add 10.9.0.1/24 dev far; ip -n $O-far addr add fd09::1/64 dev far nodad",
     );
-    for options in ["macvlan mode bridge", "ipvlan mode l2", "ipvlan mode l3"] {
+    let far = |script: &str| sh(&format!("ip netns exec {}-far {script}", network.outside));
+    for options in ["macvlan mode bridge", "ipvlan mode l2"] {
         network.set_up(&format!(
             "ip -n $O link add link low name up0 type {options}; ip -n $O link set up0 netns $P; ip -n $P link set up0 name eth0
-             ip -n $P addr add 10.9.0.2/24 dev eth0; ip -n $P addr add fd09::2/64 dev eth0 nodad; ip -n $P link set eth0 up
-             case '{options}' in *l3) ip -n $O addr del 10.9.0.1/24 dev far; ip -n $O addr add 10.9.0.1/24 dev low;; esac"
+             ip -n $P addr add 10.9.0.2/24 dev eth0; ip -n $P addr add fd09::2/64 dev eth0 nodad; ip -n $P link set eth0 up"
         ));
         let container = network.container(BUSYBOX, "sleep 1000");
-        let ping = container.exec("ping -c 2 -w 30 10.9.0.1");
-        assert_eq!(ping.status, 0, "{options}: {ping:#?}");
-        let ping = network.outside("ping -c 2 -w 30 10.9.0.2");
-        assert_eq!(ping.status, 0, "{options}: {ping:#?}");
-        if !options.contains("l3") {
-            let ping = network.outside("ping -c 2 -w 30 fd09::2");
+        let pings = container.exec("ping -c 2 -w 30 10.9.0.1 && ping -c 2 -w 30 fd09::1");
+        assert_eq!(pings.status, 0, "{options}: {pings:#?}");
+        for address in ["10.9.0.2", "fd09::2"] {
+            let ping = far(&format!("ping -c 2 -w 30 {address}"));
             assert_eq!(ping.status, 0, "{options}: {ping:#?}");
         }
         drop(container);
         network.set_up("ip -n $P link del eth0");
     }
+    // In layer 3 mode the namespace of the lower interface routes, and the other end must know the way.
+    network.set_up(
+        "ip -n $O addr add 10.8.0.1/24 dev low; ip -n $O-far addr add 10.8.0.2/24 dev far
+         ip -n $O-far addr del 10.9.0.1/24 dev far; ip -n $O-far route add 10.9.0.0/24 via 10.8.0.1
+         ip -n $O link add link low name up0 type ipvlan mode l3; ip -n $O link set up0 netns $P; ip -n $P link set up0 name eth0
+         ip -n $P addr add 10.9.0.2/24 dev eth0; ip -n $P link set eth0 up; ip -n $P route add default dev eth0",
+    );
+    let container = network.container(BUSYBOX, "sleep 1000");
+    let ping = container.exec("ping -c 2 -w 30 10.8.0.2");
+    assert_eq!(ping.status, 0, "ipvlan mode l3: {ping:#?}");
+    let ping = far("ping -c 2 -w 30 10.9.0.2");
+    assert_eq!(ping.status, 0, "ipvlan mode l3: {ping:#?}");
 }
 
 #[test]
