@@ -12,7 +12,7 @@ SHELL := /bin/bash
 
 BINARIES := kata-rs containerd-shim-kata-rs-v2 kata-rs-vmm kata-rs-task kata-rs-agent kata-rs-image
 
-.PHONY: help setup build kernel image stage install demo test unit e2e lint bench deb installer-image host clean
+.PHONY: help setup build kernel image stage install demo test unit e2e lint critest bench deb installer-image host clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ unit: setup ## Unit and integration tests that need no Linux guest
 e2e: stage ## End-to-end suites with real guests
 	@mkdir -p target/test-logs
 	@tests/e2e-run 2>&1 | tee target/test-logs/e2e.log
+
+critest: stage ## CRI conformance (RUNTIME=... CONTAINERD=2.1|2.3 for one run); writes docs/conformance.md
+	@tests/critest/run $(if $(or $(CONTAINERD),$(RUNTIME)),$(or $(CONTAINERD),2.1):$(or $(RUNTIME),kata-rs))
 
 bench: stage ## Measure against runc and runsc, side by side; writes docs/benchmarks.md
 	@tests/bench/run
