@@ -97,3 +97,67 @@ fn a_fork_bomb_stops_at_the_pids_limit() {
     assert!(bomb.stderr.contains("fork"), "{bomb:#?}");
     assert_eq!(alive.ok(), "alive");
 }
+
+#[test]
+fn network_interfaces_keep_to_their_limits_in_both_directions() {
+    const PER_SECOND: f64 = 50.0;
+    /// Sends small packets to an address as fast as they go, for four seconds.
+    const FLOOD: &str = "import socket, sys, time\n\
+                         s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+                         s.setblocking(False)\n\
+                         end = time.monotonic() + 4\n\
+                         while time.monotonic() < end:\n\
+                         \x20   try: s.sendto(b\"x\" * 100, (sys.argv[1], 9))\n\
+                         \x20   except BlockingIOError: time.sleep(0.001)";
+    let name = unique("n");
+    let _cleanup = AtEnd(format!("ip netns del {name}; rm -f /tmp/{name}.toml"));
+    let _ = sh(&format!(
+        "set -e; ip netns add {name}; ip -n {name} link add eth0 type veth peer name {name}
+         ip -n {name} link set {name} netns 1; ip addr add 10.99.7.1/24 dev {name}; ip link set {name} up
+         ip -n {name} addr add 10.99.7.2/24 dev eth0; ip -n {name} link set eth0 up
+         echo 'net_rx_limit = {{ operations_per_s = 50 }}' > /tmp/{name}.toml
+         echo 'net_tx_limit = {{ operations_per_s = 50, bytes_per_s = 1000000000 }}' >> /tmp/{name}.toml"
+    ))
+    .ok();
+    let options = format!("--with-ns network:/run/netns/{name} --runtime-config-path /tmp/{name}.toml");
+    let container = Container::start(&options, DEBIAN, "sleep 1000");
+    // Packets that the guest has received and sent, as it counts them: once the device has taken them.
+    let count = || -> Vec<f64> {
+        let counters = "cd /sys/class/net/eth0/statistics; cat rx_packets tx_packets";
+        let outcome = container.exec(counters);
+        outcome.ok().lines().map(|line| line.parse().unwrap()).collect()
+    };
+    for (direction, flood) in [
+        (0, format!("python3 -c '{FLOOD}' 10.99.7.2")),
+        (
+            1,
+            format!(
+                "ctr task exec --exec-id flood {} python3 -c '{FLOOD}' 10.99.7.1",
+                container.id()
+            ),
+        ),
+    ] {
+        let (start, before) = (std::time::Instant::now(), count()[direction]);
+        let _ = sh(&flood).ok();
+        let passed = count()[direction] - before;
+        // A second's worth was saved up; a few are not the flood's.
+        let most = PER_SECOND * (start.elapsed().as_secs_f64() + 1.0) + 20.0;
+        assert!(
+            passed <= most,
+            "direction {direction}: {passed} packets, at most {most}"
+        );
+        assert!(
+            passed >= PER_SECOND,
+            "direction {direction}: only {passed} packets"
+        );
+    }
+}
+
+/// A script that runs however the test ends.
+struct AtEnd(String);
+
+impl Drop for AtEnd {
+    fn drop(&mut self) {
+        let _ = sh(&self.0);
+    }
+}

@@ -674,6 +674,35 @@ fn segmentation_is_left_to_whoever_is_last() {
     assert!(data == whole[54..], "the same data in the same order");
 }
 
+#[test]
+fn a_guest_that_floods_the_device_is_served_in_turns_and_can_be_stopped() {
+    let Some(mut wire) = Wire::new() else { return };
+    let (mut device, _handle) = Net::new(GUEST, Some(wire.backing()));
+    let mut driver = Driver::activate(&mut device);
+    // Good frames, bad ones, and notifications without end.
+    let (good, bad) = ([&NO_HEADER[..], &frame(1000, 0)].concat(), [0xff; 2000]);
+    let mut received = 0_u8;
+    let mut waiting = driver.submit(RX, &[Buffer::In(1536)]);
+    wire.send(&frame(100, received));
+    while received < 200 {
+        while driver.free(TX) > 1 {
+            driver.prepare(TX, &[Buffer::Out(&good)]);
+            driver.prepare(TX, &[Buffer::Out(&bad)]);
+        }
+        driver.kick(TX);
+        driver.kick(RX);
+        while driver.reap(TX).is_some() {}
+        if let Some(got) = driver.poll(RX, waiting) {
+            assert_eq!(got, with_header(&frame(100, received), 1));
+            received += 1;
+            waiting = driver.submit(RX, &[Buffer::In(1536)]);
+            wire.send(&frame(100, received));
+        }
+    }
+    device.reset();
+    assert!(counter(&device, "violations") > 0 && counter(&device, "tx_packets") > 0);
+}
+
 fn operations(capacity: u64, refill_ms: u64) -> Limit {
     let bucket = protocol::vmm::TokenBucket { capacity, refill_ms };
     Limit::try_from(protocol::vmm::RateLimit {
