@@ -40,6 +40,9 @@ pub enum QueueError {
     /// The used ring cannot be written.
     #[error("the used ring is broken: {0}")]
     Used(virtio_queue::Error),
+    /// The used ring lies in memory that the driver has unplugged meanwhile.
+    #[error("the used ring lies in memory that was unplugged")]
+    Unplugged,
     /// A descriptor lies outside its table, the chain loops, or an indirect table is malformed.
     #[error("chain {head} does not end: bad index, loop, or bad indirect table")]
     Unterminated {
@@ -495,7 +498,7 @@ impl DeviceQueue {
         let Some((&(last, last_written), others)) = used.split_last() else {
             return;
         };
-        if self.stopped {
+        if self.stopped || !self.has_used_ring() {
             return;
         }
         let first = self.queue.next_used();
@@ -556,13 +559,27 @@ impl DeviceQueue {
 
     /// Asks to be notified of the next available chain. True when one is there already: pop again.
     pub fn rearm(&mut self) -> bool {
-        if self.stopped {
+        if self.stopped || !self.has_used_ring() {
             return false;
         }
         match self.queue.enable_notification(&self.memory) {
             Ok(more) => more,
             Err(error) => self.stop(&QueueError::Available(error)),
         }
+    }
+
+    /// Whether a device may still write to this range of guest memory: the driver may have unplugged it since its chain
+    /// was checked.
+    #[must_use]
+    pub fn may_write(&self, address: GuestAddress, length: u64) -> bool {
+        let allows = |pluggable: &std::sync::Arc<Pluggable>| pluggable.allows(address.0, length);
+        self.pluggable.as_ref().is_none_or(allows)
+    }
+
+    /// The same of the ring that the device writes; the queue is stopped if not.
+    fn has_used_ring(&mut self) -> bool {
+        let length = 6 + 8 * u64::from(self.queue.size());
+        self.may_write(GuestAddress(self.queue.used_ring()), length) || self.stop(&QueueError::Unplugged)
     }
 
     /// Counts a request that made no sense to the device.
@@ -752,6 +769,29 @@ mod tests {
         assert!(!closed.pop(&mut Chain::default()) && closed.is_stopped());
         pluggable.open(0).unwrap();
         assert!(queue(&mut driver).pop(&mut Chain::default()));
+    }
+
+    #[test]
+    fn rings_in_memory_that_is_unplugged_under_them_stop_the_queue() {
+        for push in [true, false] {
+            let mut driver = Driver::new(&[16]);
+            let (memory, pluggable) = crate::pluggable::reserve(&driver.memory, 128).unwrap();
+            pluggable.open(0).unwrap();
+            driver.memory = memory;
+            driver.pluggable = Some(pluggable.clone());
+            driver.move_rings(0, pluggable.range().guest);
+            let mut queue = queue(&mut driver);
+            driver.submit(0, &[Buffer::In(8)]);
+            let mut chain = Chain::default();
+            assert!(queue.pop(&mut chain) && !queue.rearm());
+            pluggable.close(0).unwrap();
+            if push {
+                queue.push(chain.head(), 8);
+            } else {
+                assert!(!queue.rearm());
+            }
+            assert!(queue.is_stopped());
+        }
     }
 
     #[test]

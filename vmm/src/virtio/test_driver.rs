@@ -110,9 +110,13 @@ impl Driver {
         let queue = |ring: &Ring| {
             let mut queue = Queue::new(ring.size).unwrap();
             let (table, available, used) = (ring.base, ring.available_ring(), ring.used_ring());
-            queue.set_desc_table_address(Some(table as u32), Some(0));
-            queue.set_avail_ring_address(Some(available as u32), Some(0));
-            queue.set_used_ring_address(Some(used as u32), Some(0));
+            let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
+            let (low, high) = halves(table);
+            queue.set_desc_table_address(low, high);
+            let (low, high) = halves(available);
+            queue.set_avail_ring_address(low, high);
+            let (low, high) = halves(used);
+            queue.set_used_ring_address(low, high);
             queue.set_ready(true);
             assert!(queue.is_valid(&self.memory));
             ActiveQueue {
@@ -128,6 +132,11 @@ impl Driver {
             queues,
             interrupt: self.interrupt.clone(),
         }
+    }
+
+    /// Puts a queue's rings elsewhere, before they are used.
+    pub fn move_rings(&mut self, queue: usize, base: u64) {
+        self.rings[queue].base = base;
     }
 
     /// Makes a chain of the buffers available and notifies the device. Returns what [`Self::wait`] takes.

@@ -9,7 +9,6 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::header::{self, MAX_FRAME};
 use super::tap::{Obstacle, Tap};
-use crate::memory::GuestMemory;
 use crate::virtio::queue::{Chain, DeviceQueue, Iovecs, MAX_SEGMENTS};
 
 /// What is wrong with a buffer for frames.
@@ -138,7 +137,7 @@ impl Posted {
 
     /// Takes away the buffers that a frame of `length` bytes has filled, and says in its header how many they are.
     /// `used` gets each one's head and how much of it is filled.
-    pub fn take(&mut self, memory: &GuestMemory, length: usize, used: &mut Vec<(u16, usize)>) {
+    pub fn take(&mut self, queue: &DeviceQueue, length: usize, used: &mut Vec<(u16, usize)>) {
         used.clear();
         let header = self.buffers.front().map(|first| first.num_buffers);
         let (mut left, mut pieces) = (length, 0);
@@ -156,9 +155,108 @@ impl Posted {
         if let Some(addresses) = header {
             let count = (used.len() as u16).to_le_bytes();
             for (byte, address) in count.iter().zip(addresses) {
-                // The address was checked when the chain was taken.
-                let _ = memory.write_obj(*byte, address);
+                // The address was checked when the chain was taken, but that may be long ago.
+                if queue.may_write(address, 1) {
+                    let _ = queue.memory().write_obj(*byte, address);
+                }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::test_driver::{Descriptor, Driver, INDIRECT, NEXT, WRITE};
+
+    fn queue(driver: &mut Driver) -> DeviceQueue {
+        let [queue] = DeviceQueue::take(driver.activation(0), "net", &std::sync::Arc::default()).unwrap();
+        queue
+    }
+
+    #[test]
+    fn a_header_in_memory_that_was_unplugged_since_is_not_written() {
+        let mut driver = Driver::new(&[16]);
+        let (memory, pluggable) = crate::pluggable::reserve(&driver.memory, 128).unwrap();
+        pluggable.open(0).unwrap();
+        driver.memory = memory;
+        driver.pluggable = Some(pluggable.clone());
+        let piece = |address, length, next| Descriptor {
+            address,
+            length,
+            flags: if next == 0 { WRITE } else { WRITE | NEXT },
+            next,
+        };
+        let chain = [
+            piece(Driver::DATA, 10, 1),
+            piece(pluggable.range().guest, 2, 2),
+            piece(Driver::DATA + 16, 1500, 0),
+        ];
+        driver.write_descriptors(0, &chain);
+        driver.offer(0, 0);
+        let mut queue = queue(&mut driver);
+        let mut posted = Posted::new(true);
+        posted.fill(&mut queue, &mut Chain::default());
+        assert!(!posted.is_empty());
+        pluggable.close(0).unwrap();
+        let mut used = Vec::new();
+        posted.take(&queue, 100, &mut used);
+        assert_eq!(used, [(0, 100)]);
+        assert!(posted.is_empty() && posted.pieces.as_slice().is_empty());
+    }
+
+    #[test]
+    fn never_more_pieces_are_posted_than_can_be_read_into() {
+        let mut driver = Driver::new(&[16]);
+        let table = Driver::DATA;
+        let pieces: Vec<_> = (0..MAX_SEGMENTS as u16)
+            .map(|index| Descriptor {
+                address: Driver::DATA + 0x10_0000,
+                length: 1,
+                flags: if usize::from(index) == MAX_SEGMENTS - 1 {
+                    WRITE
+                } else {
+                    WRITE | NEXT
+                },
+                next: index + 1,
+            })
+            .collect();
+        driver.write_table(table, &pieces);
+        let chain_of = |count: usize| Descriptor {
+            address: table,
+            length: count as u32 * 16,
+            flags: INDIRECT,
+            next: 0,
+        };
+        driver.write_descriptors(0, &[chain_of(MAX_SEGMENTS)]);
+        driver.offer(0, 0);
+        let mut queue = queue(&mut driver);
+        let mut posted = Posted::new(true);
+        posted.fill(&mut queue, &mut Chain::default());
+        assert!(
+            posted.is_empty() && !queue.is_stopped(),
+            "given back, and counted"
+        );
+
+        // One of 600 pieces fits, a second one has to wait.
+        let end = Descriptor {
+            flags: WRITE,
+            ..pieces[599]
+        };
+        driver.write_table(table + 599 * 16, &[end]);
+        driver.write_descriptors(0, &[chain_of(600)]);
+        driver.offer(0, 0);
+        driver.offer(0, 0);
+        posted.fill(&mut queue, &mut Chain::default());
+        assert!(posted.full && posted.has_enough());
+        assert_eq!((posted.buffers.len(), posted.length), (1, 600));
+        let mut used = Vec::new();
+        posted.take(&queue, 600, &mut used);
+        posted.fill(&mut queue, &mut Chain::default());
+        assert_eq!(
+            (posted.buffers.len(), posted.length),
+            (1, 600),
+            "the one that waited"
+        );
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::header::{LENGTH, MAX_FRAME};
 use super::*;
-use crate::virtio::test_driver::{Buffer, Driver};
+use crate::virtio::test_driver::{Buffer, Descriptor, Driver, INDIRECT, NEXT};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -579,6 +579,43 @@ fn a_frame_in_very_many_pieces_passes_and_one_in_more_does_not() {
     wire.send(&frame(244, 4));
     let got: Vec<_> = ids.iter().flat_map(|&id| driver.wait(RX, id)).collect();
     assert_eq!(got, with_header(&frame(244, 4), 16));
+}
+
+#[test]
+fn a_frame_in_more_pieces_than_can_be_written_at_once_is_dropped() {
+    let Some(mut wire) = Wire::new() else { return };
+    let (mut device, _handle) = Net::new(GUEST, Some(wire.backing()));
+    let mut driver = Driver::activate(&mut device);
+    // The header and the frame's first byte are one piece of the guest's, but two of what is written.
+    let pieces: Vec<_> = (0..1024)
+        .map(|index| Descriptor {
+            address: Driver::DATA + 0x10_0000,
+            length: if index == 0 { LENGTH as u32 + 1 } else { 1 },
+            flags: if index == 1023 { 0 } else { NEXT },
+            next: index + 1,
+        })
+        .collect();
+    driver.write_table(Driver::DATA, &pieces);
+    let chain = Descriptor {
+        address: Driver::DATA,
+        length: 1024 * 16,
+        flags: INDIRECT,
+        next: 0,
+    };
+    driver.write_descriptors(TX, &[chain]);
+    for round in 1..3 {
+        driver.offer(TX, 0);
+        driver.kick(TX);
+        until("it is refused", || counter(&device, "violations") == round);
+    }
+    let last = Descriptor {
+        flags: 0,
+        ..pieces[1022]
+    };
+    driver.write_table(Driver::DATA + 1022 * 16, &[last]);
+    driver.offer(TX, 0);
+    driver.kick(TX);
+    until("one piece less is sent", || counter(&device, "tx_packets") == 1);
 }
 
 #[test]

@@ -252,7 +252,7 @@ impl Server {
         let counters = &self.common.counters;
         match self.posted.read(&backing.tap) {
             Ok(Some(length)) => {
-                self.posted.take(self.receive.memory(), length, &mut self.used);
+                self.posted.take(&self.receive, length, &mut self.used);
                 self.receive.push_all(&self.used);
                 self.receive_limiter.charge(length - header::LENGTH);
                 counters.received.add(length - header::LENGTH);
