@@ -226,6 +226,11 @@ impl Plan {
         } else {
             read_only
         };
+        // What is mounted below stays writable. The guest's kernel gives it the flags of the mount it is found in, so
+        // that one has none: the host refuses writes to the directory itself.
+        if read_only == ReadOnly::Top && recursive && (info.below != 0 || receive_mounts) {
+            words.retain(|word| word != "ro");
+        }
         let share = pooled_name(&info, recursive, read_only, receive_mounts);
         self.push_once(HostStep::Directory {
             share: share.clone(),

@@ -11,7 +11,7 @@ fn host(path: &Path) -> io::Result<SourceInfo> {
     let ordinary = |kind| Ok((kind, FileSystem::Ordinary));
     let tmpfs = |kind| Ok((kind, FileSystem::Tmpfs { bytes: 64 << 20 }));
     let (kind, file_system) = match path.to_str().unwrap() {
-        "/data" | "/bundle/rootfs" | "/bundle/sub" | "/snap/1/fs" => ordinary(Directory),
+        "/data" | "/tree-of-mounts" | "/bundle/rootfs" | "/bundle/sub" | "/snap/1/fs" => ordinary(Directory),
         "/etc/hosts" | "/etc/resolv.conf" | "/bundle/hosts" => ordinary(File),
         "/run/shm" | "/dev" => tmpfs(Directory),
         "/k/pods/1/volumes/kubernetes.io~empty-dir/mem"
@@ -56,7 +56,7 @@ fn host(path: &Path) -> io::Result<SourceInfo> {
         },
         mount_root: path.ends_with("mem"),
         shows,
-        below: 0,
+        below: if path.ends_with("tree-of-mounts") { 3 } else { 0 },
     })
 }
 
@@ -375,6 +375,30 @@ fn directories_are_shared_each_and_files_together() {
             guest(share("@8.5.1.0.rrs", ""), "/data", "rbind rslave rro nosuid"),
             guest(share("@8.b.1.0.r", ""), "/sub", "bind ro"),
             guest(share("c1.files", "1"), "/etc/resolv.conf", "bind"),
+        ]
+    );
+}
+
+#[test]
+fn what_is_mounted_in_a_directory_that_is_read_only_itself_stays_writable() {
+    let (steps, mounts) = mounts(
+        r#"{"destination":"/top","source":"/tree-of-mounts","options":["rbind","ro"]},
+           {"destination":"/all","source":"/tree-of-mounts","options":["rbind","rro"]},
+           {"destination":"/alone","source":"/tree-of-mounts","options":["bind","ro"]}"#,
+    )
+    .unwrap();
+    let depth = |step: &HostStep| match step {
+        HostStep::Directory { read_only, .. } => *read_only,
+        other => panic!("{other:?}"),
+    };
+    let depths: Vec<ReadOnly> = steps.iter().map(depth).collect();
+    assert_eq!(depths, [ReadOnly::Top, ReadOnly::Recursive, ReadOnly::Top]);
+    assert_eq!(
+        mounts,
+        [
+            guest(share("@8.f.1.3.rw", ""), "/top", "rbind"),
+            guest(share("@8.f.1.3.rr", ""), "/all", "rbind rro"),
+            guest(share("@8.f.1.0.r", ""), "/alone", "bind ro"),
         ]
     );
 }
