@@ -17,6 +17,8 @@ const EXPLAINED: [(&str, &str); 1] = [(
     "FUSE_TMPFILE is not served: the guest's kernel says EOPNOTSUPP, and programs fall back to a name",
 )];
 
+/// Into how many runs a list is divided: each is over in time on the slowest machine.
+const PARTS: usize = 4;
 const RUNC: &str = "io.containerd.runc.v2";
 
 /// Runs a script in a fresh container, with the case lists at /lists, and says what it printed.
@@ -75,14 +77,19 @@ fn compare(what: &str, ours: &str, theirs: &str, least: usize) {
 
 /// The list of `fs/semantics.py`: on the root file system of a snapshotter, or on what `options` mount at /data.
 fn semantics(runtime: &str, options: &str, directory: &str) -> String {
-    in_container(
-        runtime,
-        &format!(
-            "{options} --mount type=bind,src=/run/kata-rs-test-small,dst=/small,options=rbind:rw \
-             --mount type=bind,src=/run/kata-rs-test-small,dst=/readonly,options=rbind:ro"
-        ),
-        &format!("mkdir -p {directory}/t; python3 /lists/semantics.py {directory}/t /small /readonly"),
-    )
+    let run = |part: usize| {
+        in_container(
+            runtime,
+            &format!(
+                "{options} --mount type=bind,src=/run/kata-rs-test-small,dst=/small,options=rbind:rw \
+                 --mount type=bind,src=/run/kata-rs-test-small,dst=/readonly,options=rbind:ro"
+            ),
+            &format!(
+                "mkdir -p {directory}/{part}; python3 /lists/semantics.py {part}/{PARTS} {directory}/{part} /small /readonly"
+            ),
+        )
+    };
+    (1..=PARTS).map(run).collect::<Vec<_>>().join("\n")
 }
 
 /// A file system of 4 MiB for the cases of space.
