@@ -339,6 +339,26 @@ fn a_containerd_that_was_told_runs_the_runtime_that_was_installed() {
         kernels.len() == 2 && kernels[0] != kernels[1] && kernels[0].contains("kata-rs"),
         "{ran:#?}"
     );
+    // A pod: the handler of the drop-in, the shim by its path.
+    let pod = place.sh(&format!(
+        "S=$(cat state); for i in busybox pause; do ctr -a $S/c.sock -n k8s.io image import {IMAGES}/$i.oci.tar >/dev/null; done\n\
+         cat > pod.json <<TEXT\n\
+         {{\"metadata\": {{\"name\": \"$(basename $HERE)\", \"namespace\": \"deploy\", \"uid\": \"$(basename $HERE)\"}}, \"log_directory\": \"$HERE\", \"linux\": {{}}}}\n\
+         TEXT\n\
+         cat > container.json <<TEXT\n\
+         {{\"metadata\": {{\"name\": \"c\"}}, \"image\": {{\"image\": \"{BUSYBOX}\"}}, \"command\": [\"sleep\", \"3600\"], \"log_path\": \"c.log\"}}\n\
+         TEXT\n\
+         C=\"crictl -r unix://$S/c.sock -i unix://$S/c.sock\"\n\
+         id=$($C run --no-pull --runtime kata-rs container.json pod.json)\n\
+         $C exec $id uname -r; ls -l /proc/[0-9]*/exe | grep -c \"$HERE/prefix/bin/containerd-shim-kata-rs-v2\"\n\
+         if deploy/uninstall --prefix $HERE/prefix 2>refused; then exit 9; fi; grep -c 'are running' refused\n\
+         $C rmp -f $($C pods -q) >/dev/null"
+    ));
+    let lines: Vec<&str> = pod.ok().lines().collect();
+    assert!(
+        lines.len() == 3 && lines[0] == kernels[0] && lines[1..] == ["1", "1"],
+        "{pod:#?}"
+    );
     let gone = place.sh(
         "kill $(cat pid); while [ -e /proc/$(cat pid) ]; do sleep 0.1; done; \
          deploy/uninstall --prefix $HERE/prefix >/dev/null; cmp before.toml config.toml; ! ls prefix conf.d 2>/dev/null; \
