@@ -1,5 +1,6 @@
 """What the measurements share: containerd's client, the runtimes, and waiting for containers to go."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def remove(name):
     """Kills and removes a container."""
     subprocess.run(["ctr", "task", "kill", "-s", "KILL", name], capture_output=True)
     for _ in range(100):
-        if subprocess.run(["ctr", "task", "rm", "-f", name], capture_output=True).returncode == 0:
+        done = subprocess.run(["ctr", "task", "rm", "-f", name], capture_output=True, text=True)
+        if done.returncode == 0 or "not found" in done.stderr:
             break
         time.sleep(0.1)
     ctr("c", "rm", name)
@@ -79,6 +81,10 @@ def tools(*programs):
             library = next((word for word in line.split() if word.startswith("/")), None)
             if library:
                 shutil.copy(library, directory)
+                # The C library loads this one by itself when a thread is ended.
+                gcc = f"{library.rpartition('/')[0]}/libgcc_s.so.1"
+                if os.path.exists(gcc):
+                    shutil.copy(gcc, directory)
                 if "ld-linux" in library:
                     loader = library.rpartition("/")[2]
         if loader is None:

@@ -9,7 +9,7 @@ import sys
 from common import WORK, Failure, ctr, note, tools
 
 IMAGE = "localhost/kata-rs-bench-file:1"
-SIZE_MIB = 32
+SIZE_MIB = 16
 # Which snapshotters give a runtime its root file system here. gVisor's runs on overlayfs only.
 CASES = [
     ("kata-rs", "overlayfs"),

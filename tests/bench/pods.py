@@ -36,7 +36,18 @@ def pod(runtime, number):
         )
     finally:
         for sandbox_id in command("crictl", "pods", "-q", "--name", name).split():
-            command("crictl", "rmp", "-f", sandbox_id)
+            away(sandbox_id)
+
+
+def away(sandbox_id):
+    """Removes a pod; a busy machine may need more time than one call waits."""
+    for attempt in range(5):
+        try:
+            command("crictl", "--timeout", "120s", "rmp", "-f", sandbox_id)
+            return
+        except Failure:
+            if attempt == 4:
+                raise
 
 
 def round_of(handlers, number, results):

@@ -105,8 +105,7 @@ Raw figures: [benchmarks.json](benchmarks.json).
         print("""
 ## Network: one TCP stream of iperf3 between container and host, Gbit/s
 
-The host's end is its address on the bridge of the container's veth (CNI's bridge plugin). Median of all rounds, as the receiver saw it;
-runsc here with `--network=sandbox`, its own network stack.
+The host's end is the other end of the container's veth pair. Median of all rounds, as the receiver saw it.
 
 | runtime | container to host | / runc | host to container | / runc |
 |---|---|---|---|---|""")
@@ -115,7 +114,7 @@ runsc here with `--network=sandbox`, its own network stack.
         print("""
 ## Random reads of 4 KiB
 
-fio (psync, one job) reads each block of a file of 32 MiB in the image's layer once, in a fresh container. The host has the file in its
+fio (psync, one job) reads each block of a file of 16 MiB in the image's layer once, in a fresh container. The host has the file in its
 cache, so this is the cost of the way, not of a disk.
 
 | runtime | root file system | reads/s | mean latency, µs | reads/s / runc |
