@@ -421,3 +421,22 @@ fn ports_are_forwarded_from_the_hosts_side_of_the_pod() {
     drop(network);
     leaks.nothing_left();
 }
+
+/// `ctr run --cni` has the plugins work on the namespace of the task after it was created, as Docker does.
+#[test]
+fn a_cni_plugins_interface_comes_between_create_and_start() {
+    // ctr looks for plugins only there.
+    let _ = sh("[ -d /opt/cni/bin ] || [ ! -d /usr/lib/cni ] || { mkdir -p /opt/cni && ln -sfn /usr/lib/cni /opt/cni/bin; }").ok();
+    let run = |command: &str| ctr_run("--rm --cni", BUSYBOX, &unique("t"), command);
+    let container = run("sh -c 'ip route; ip -4 -o addr show dev eth0; ping -c 2 -w 30 10.88.0.1'");
+    assert!(
+        container.ok().contains("default via 10.88.0.1 dev eth0"),
+        "{container:#?}"
+    );
+    // The plugins left their bridge and their state: from here on nothing is added.
+    let leaks = LeakCheck::begin();
+    let other = run("sh -c 'ip -4 -o addr show dev eth0; ls /sys/class/net'");
+    assert!(other.ok().contains("inet 10.88."), "{other:#?}");
+    assert!(other.stdout.ends_with("eth0\nlo\n"), "{other:#?}");
+    leaks.nothing_left();
+}
