@@ -55,7 +55,8 @@ def timed(function):
 def remove(name):
     """Kills and removes a container."""
     subprocess.run(["ctr", "task", "kill", "-s", "KILL", name], capture_output=True)
-    for _ in range(100):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         done = subprocess.run(["ctr", "task", "rm", "-f", name], capture_output=True, text=True)
         if done.returncode == 0 or "not found" in done.stderr:
             break

@@ -61,10 +61,13 @@ def network_rows(result):
     for runtime in rates["out"]:
         cells = []
         for direction in ("out", "in"):
-            median = statistics.median(rates[direction][runtime]) / 1e9
-            base = rates[direction].get("runc")
-            share = f"{median * 1e9 / statistics.median(base):.2f}" if base else ""
-            cells.append(f"{median:.3f} | {share}")
+            measured = rates.get(direction, {})
+            if runtime not in measured:
+                cells.append("failed | ")
+                continue
+            median = statistics.median(measured[runtime])
+            share = f"{median / statistics.median(measured['runc']):.2f}" if "runc" in measured else ""
+            cells.append(f"{median / 1e9:.3f} | {share}")
         yield f"| {runtime} | {' | '.join(cells)} |"
 
 
