@@ -290,7 +290,10 @@ impl Slot {
         inner.backing.clone_from(&backing);
         match &inner.stage {
             Stage::Inactive => self.common.link_up.store(backing.is_some(), Ordering::Release),
-            Stage::Asleep(_) => self.start(inner).inspect_err(|_| inner.backing = None)?,
+            Stage::Asleep(_) => self.start(inner).inspect_err(|_| {
+                inner.backing = None;
+                self.common.link_up.store(false, Ordering::Release);
+            })?,
             Stage::Awake {
                 commands, command, ..
             } => {
