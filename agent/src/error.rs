@@ -7,9 +7,9 @@ use protocol::agent::failure::Reason;
 use rustix::io::Errno;
 use ttrpc::{Code, Status};
 
-use crate::container::SpawnError;
 use crate::container::cgroup::CgroupError;
 use crate::container::spec::SpecError;
+use crate::container::{HugePagesError, SpawnError};
 use crate::network::NetworkError;
 use crate::storage::{FilesError, StorageError};
 
@@ -40,6 +40,9 @@ pub enum Error {
     /// The cgroup.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// Huge pages.
+    #[error(transparent)]
+    HugePages(#[from] HugePagesError),
     /// The process.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
@@ -140,6 +143,12 @@ impl Error {
             },
             Self::Network(NetworkError::NoDevice(..)) => Code::NOT_FOUND,
             Self::Network(NetworkError::Invalid(_)) => Code::INVALID_ARGUMENT,
+            Self::HugePages(error) => match error {
+                HugePagesError::Size(_) => Code::INVALID_ARGUMENT,
+                HugePagesError::Unknown(..) => Code::UNIMPLEMENTED,
+                HugePagesError::Short { .. } => Code::RESOURCE_EXHAUSTED,
+                HugePagesError::Kernel { .. } => Code::INTERNAL,
+            },
             Self::Cgroup(CgroupError::BelowUse { .. }) => Code::FAILED_PRECONDITION,
             Self::Spawn(_)
             | Self::Cgroup(_)

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use crate::api::{
     Exit, ProcessEntry, ProcessId, ProcessState, RootfsMount, SandboxExit, Status, Stdio, StdioUris,
 };
+use crate::disks::UsedDisk;
 use crate::error::Error;
 use crate::events::{Event, EventSender};
 use crate::hooks::Hooks;
@@ -22,7 +23,6 @@ use crate::namespaces::Owner;
 use crate::proxy::Task;
 use crate::shares::ShownShare;
 use crate::timeline::ContainerTimeline;
-use crate::vm::AttachedBlock;
 
 /// Exit status of a process that went down with its VM, as after SIGKILL.
 pub(crate) const KILLED: u32 = 137;
@@ -125,7 +125,7 @@ pub(crate) enum Phase {
 #[derive(Debug, Default)]
 pub(crate) struct Attached {
     pub shares: Vec<ShownShare>,
-    pub blocks: Vec<AttachedBlock>,
+    pub disks: Vec<UsedDisk>,
 }
 
 /// A container.

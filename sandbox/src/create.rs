@@ -181,6 +181,7 @@ async fn make(pod: &Arc<Pod>, request: Request<'_>, made: &mut Made) -> Result<(
         spec: spec_json,
         rootfs: plan.agent_rootfs(&disks),
         mounts: plan.agent_mounts(&disks),
+        disks: plan.agent_disks(&disks),
         read_only_rootfs: plan.read_only_rootfs,
         stdio: Some(io.tokens()).into(),
         terminal_rows: u32::try_from(rows).unwrap_or(0),
@@ -248,9 +249,9 @@ async fn attach(
     }
     let mut names = Vec::with_capacity(attachments.disks.len());
     for disk in &attachments.disks {
-        let block = vm.attach_disk(disk).await?;
-        names.push(disk.named(&block.serial));
-        attached.blocks.push(block);
+        let used = pod.disks.attach(vm, disk).await?;
+        names.push(disk.named(&used.block.serial));
+        attached.disks.push(used);
     }
     Ok(names)
 }
@@ -303,9 +304,9 @@ async fn detach(pod: &Pod, id: &str, attached: &Attached) {
             tracing::warn!(container = id, share = share.name, error = %crate::error::chain(&error), "not removed");
         }
     }
-    for block in &attached.blocks {
-        if let Err(error) = vm.detach_block(block).await {
-            tracing::warn!(container = id, serial = block.serial, error = %crate::error::chain(&error), "not detached");
+    for disk in &attached.disks {
+        if let Err(error) = pod.disks.detach(vm, disk).await {
+            tracing::warn!(container = id, serial = disk.block.serial, error = %crate::error::chain(&error), "not detached");
         }
     }
 }

@@ -14,6 +14,7 @@ pub mod config;
 mod container;
 mod create;
 pub mod demand;
+mod disks;
 pub mod error;
 mod events;
 pub mod hooks;

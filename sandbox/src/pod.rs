@@ -16,6 +16,7 @@ use crate::api::{Exit, ProcessId, SandboxExit, SandboxExitCause};
 use crate::cgroup::{CgroupError, HostCgroup};
 use crate::config::Config;
 use crate::container::Containers;
+use crate::disks::Disks;
 use crate::error::{Error, ErrorKind, chain};
 use crate::events::{Event, EventSender};
 use crate::network::{PodNetwork, Scanning};
@@ -38,6 +39,8 @@ pub(crate) struct Pod {
     pub config: Arc<Config>,
     pub router: Arc<Router>,
     pub shares: Shares,
+    /// Block devices that containers have in common.
+    pub disks: Disks,
     pub volumes: Volumes,
     pub resize: Resize,
     /// Where shares are that receive mounts of the host.
@@ -92,6 +95,7 @@ impl Pod {
             config,
             router: Arc::default(),
             shares: Shares::default(),
+            disks: Disks::default(),
             volumes: Volumes::default(),
             mounts: MountHolder::default(),
             marks: Mutex::default(),

@@ -9,6 +9,7 @@ use rustix::process::Pid;
 
 use super::cgroup::Cgroup;
 use super::child::Plan;
+use super::hugepages::Reserved;
 use super::namespaces::{self, Namespaces};
 use super::plan::{self, InitParts, Stdio};
 use super::process::Process;
@@ -44,6 +45,7 @@ pub(super) struct Made {
     pub born: Born,
     pub plan: Plan,
     pub ends: Ends,
+    pub huge_pages: Reserved,
 }
 
 /// The blocking part of making a container. A failure leaves nothing behind.
@@ -65,6 +67,12 @@ pub(super) fn make(
         }
     };
     let mut process = || -> Result<_, Error> {
+        let limits = spec
+            .linux
+            .resources
+            .as_ref()
+            .map(|resources| &resources.hugepage_limits[..]);
+        let huge_pages = Reserved::new(limits.unwrap_or_default())?;
         if let Some(resources) = &spec.linux.resources {
             cgroup.apply(resources)?;
         }
@@ -93,16 +101,17 @@ pub(super) fn make(
             cgroup: cgroup.fd(),
         };
         let born = spawn::spawn(&plan, place, &engine.reaper)?;
-        Ok((pid_namespace, born, plan, ends))
+        Ok((pid_namespace, born, plan, ends, huge_pages))
     };
     match process() {
-        Ok((pid_namespace, born, plan, ends)) => Ok(Made {
+        Ok((pid_namespace, born, plan, ends, huge_pages)) => Ok(Made {
             storage,
             cgroup,
             pid_namespace,
             born,
             plan,
             ends,
+            huge_pages,
         }),
         Err(error) => {
             let _ = remove(storage, &cgroup);

@@ -7,7 +7,9 @@ mod capabilities;
 pub mod cgroup;
 pub mod child;
 mod create;
+mod disks;
 mod exec;
+mod hugepages;
 pub mod mount;
 mod namespaces;
 mod plan;
@@ -36,6 +38,9 @@ use self::cgroup::{Cgroup, Watch};
 use self::child::Plan;
 pub use self::create::Engine;
 use self::create::{Made, follow, make, pid_namespace_of, remove, standard_io};
+use self::disks::Numbers;
+pub use self::hugepages::HugePagesError;
+use self::hugepages::Reserved;
 pub use self::mount::last_errno;
 use self::namespaces::Namespaces;
 use self::plan::ExecParts;
@@ -58,6 +63,9 @@ pub struct Container {
     id: String,
     engine: Arc<Engine>,
     spec: Spec,
+    /// Which disks stand for which of the specification's.
+    numbers: Numbers,
+    _huge_pages: Reserved,
     cgroup: Cgroup,
     storage: Mutex<Option<Storage>>,
     /// Kept while the container's processes may live in it.
@@ -103,7 +111,7 @@ impl Container {
         request: CreateContainerRequest,
         neighbour: Option<OwnedFd>,
     ) -> Result<Arc<Self>, Error> {
-        let spec: Spec = spec::parse("spec", &request.spec)?;
+        let mut spec: Spec = spec::parse("spec", &request.spec)?;
         spec::check_supported(&spec)?;
         let namespaces = Namespaces::new(&spec.linux.namespaces, request.pid_namespace.as_ref())?;
         let size = window(request.terminal_rows, request.terminal_columns)?;
@@ -111,11 +119,13 @@ impl Container {
         let stdio = request.stdio.clone().unwrap_or_default();
         let maker = Arc::clone(engine);
         let make = blocking(move || {
+            let numbers = Numbers::find(&request.disks)?;
+            numbers.apply(&mut spec.linux);
             let made = make(&maker, &spec, &request, namespaces, neighbour.as_ref(), size)?;
-            Ok((spec, made))
+            Ok((spec, numbers, made))
         });
         let (made, streams) = tokio::join!(make, connect(&stdio, &engine.connector));
-        let (spec, made) = made?;
+        let (spec, numbers, made) = made?;
         let Made {
             storage,
             cgroup,
@@ -123,6 +133,7 @@ impl Container {
             born,
             plan,
             ends,
+            huge_pages,
         } = made;
         let Born {
             pid,
@@ -149,6 +160,8 @@ impl Container {
             id,
             engine: Arc::clone(engine),
             spec,
+            numbers,
+            _huge_pages: huge_pages,
             cgroup,
             storage: Mutex::new(Some(storage)),
             pid_namespace,
@@ -459,7 +472,8 @@ impl Container {
     /// # Errors
     /// [`Error`] with the limit that was refused.
     pub async fn update(self: &Arc<Self>, resources: &[u8]) -> Result<(), Error> {
-        let resources: Resources = spec::parse("linux.resources", resources)?;
+        let mut resources: Resources = spec::parse("linux.resources", resources)?;
+        self.numbers.apply_to_rules(&mut resources);
         let container = Arc::clone(self);
         // Lowering a memory limit waits for memory to be given back.
         blocking(move || Ok(container.cgroup.apply(&resources)?)).await

@@ -139,6 +139,19 @@ impl Layout {
     }
 }
 
+/// Major and minor number of the disk with this serial; waits for one that is yet to come.
+///
+/// # Errors
+/// [`StorageError::BlockMissing`], [`StorageError::PathMissing`].
+pub fn device_number(serial: &str) -> Result<(u32, u32), StorageError> {
+    let path = block::find(serial)?;
+    let stat = rustix::fs::stat(&path).map_err(|source| StorageError::PathMissing {
+        path: path.clone(),
+        source,
+    })?;
+    Ok((rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev)))
+}
+
 /// The mounts of one container in the agent's own tree.
 #[derive(Debug)]
 pub struct Storage {

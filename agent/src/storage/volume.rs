@@ -96,11 +96,11 @@ impl Volumes {
         Ok(())
     }
 
-    /// Mounts a new tmpfs; gives its root.
+    /// Mounts a new tmpfs, or one of huge pages; gives its root.
     fn mount(&self, volume: &Volume) -> Result<OwnedFd, StorageError> {
-        let (size, owner) = match &volume.content {
-            Some(Content::Empty(empty)) => (empty.size_bytes, &empty.root),
-            Some(Content::Files(tree)) => (0, &tree.root),
+        let (size, huge, owner) = match &volume.content {
+            Some(Content::Empty(empty)) => (empty.size_bytes, empty.huge_page_bytes, &empty.root),
+            Some(Content::Files(tree)) => (0, 0, &tree.root),
             _ => {
                 return Err(StorageError::Volume {
                     name: volume.name.clone(),
@@ -116,6 +116,10 @@ impl Volumes {
         if size != 0 {
             words.push(format!("size={size}"));
         }
+        let kind = if huge == 0 { c"tmpfs" } else { c"hugetlbfs" };
+        if huge != 0 {
+            words.push(format!("pagesize={huge}"));
+        }
         let path = self.path(&volume.name);
         let target = path.display().to_string();
         let options: Options = mount::parse(&words, false).map_err(|source| StorageError::Option {
@@ -123,8 +127,8 @@ impl Volumes {
             source,
         })?;
         let file_system = FileSystem {
-            kind: c"tmpfs".into(),
-            source: c"tmpfs".into(),
+            kind: kind.into(),
+            source: kind.into(),
             options,
         };
         let tree = make(&file_system, &target)?;
@@ -134,7 +138,7 @@ impl Volumes {
             source,
         })?;
         let failed = |source: Errno| StorageError::Mount {
-            what: "tmpfs".into(),
+            what: kind.to_string_lossy().into_owned(),
             target: target.clone(),
             why: source.to_string(),
             source,

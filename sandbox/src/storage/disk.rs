@@ -8,9 +8,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags, SeekFrom};
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, RenameFlags, SeekFrom};
 use rustix::io::Errno;
 
+use super::devices::Number;
 use super::error::StorageError;
 use super::ext4;
 use super::plan::{Content, DiskPart, NewImage};
@@ -28,6 +29,8 @@ const ALIGNMENT: u64 = 4096;
 pub struct Disk {
     /// One behind the other.
     pub parts: Vec<Part>,
+    /// Its number on the host, when it is a device that the pod's containers have in common.
+    pub device: Option<Number>,
 }
 
 /// A part of a disk.
@@ -74,7 +77,53 @@ pub(super) fn open(parts: &[DiskPart]) -> Result<Disk, StorageError> {
         .iter()
         .map(|part| open_part(part, alone))
         .collect::<Result<_, _>>()?;
-    Ok(Disk { parts })
+    Ok(Disk { parts, device: None })
+}
+
+/// Opens a block device of the host, whoever else has it: what it is used for is its users' matter, as with any
+/// runtime.
+pub(super) fn open_device(number: Number, read_only: bool) -> Result<Disk, StorageError> {
+    let (major, minor) = number;
+    let known = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    let opening = |cause: io::Error| StorageError::opening(WHAT, format!("{major}:{minor}"), cause);
+    let events = std::fs::read_to_string(known.join("uevent")).map_err(opening)?;
+    let name = events
+        .lines()
+        .find_map(|line| line.strip_prefix("DEVNAME="))
+        .ok_or_else(|| opening(io::ErrorKind::NotFound.into()))?;
+    let path = Path::new("/dev").join(name);
+    let opening = |errno: Errno| StorageError::opening(WHAT, &path, errno.into());
+    let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let fd = rustix::fs::openat(
+        CWD,
+        &path,
+        access | OFlags::CLOEXEC | OFlags::NONBLOCK,
+        Mode::empty(),
+    )
+    .map_err(opening)?;
+    let stat = rustix::fs::fstat(&fd).map_err(opening)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::BlockDevice
+        || stat.st_rdev != rustix::fs::makedev(major, minor)
+    {
+        return Err(StorageError::Kind {
+            what: WHAT,
+            path,
+            expected: "the device that has its name",
+        });
+    }
+    let bytes = rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(opening)?;
+    if bytes == 0 || !bytes.is_multiple_of(SECTOR) {
+        return Err(StorageError::BlockSize { path, bytes });
+    }
+    let part = Part {
+        fd,
+        length: bytes,
+        read_only,
+    };
+    Ok(Disk {
+        parts: vec![part],
+        device: Some(number),
+    })
 }
 
 fn open_part(part: &DiskPart, alone: bool) -> Result<Part, StorageError> {

@@ -155,6 +155,17 @@ pub enum StorageError {
         "the root file system has {0} layers and devices, at most {MAX_EXTENTS} can be attached: build the image with fewer layers"
     )]
     TooManyLayers(usize),
+    /// A character device that no guest has.
+    #[error(
+        "the device {path} ({number}) is the host's, and devices of the host other than block devices cannot be given to \
+         a virtual machine: remove it, or use another runtime for this container"
+    )]
+    Device {
+        /// Where the container was to have it.
+        path: PathBuf,
+        /// Its number.
+        number: String,
+    },
     /// An image or device without the file system that it shall have.
     #[error("{path} holds no {kind} file system: remove the image and pull it again")]
     NotFileSystem {
@@ -229,6 +240,7 @@ impl StorageError {
             | Self::ImageSize { .. } => ErrorKind::InvalidArgument,
             Self::RootfsKind { .. }
             | Self::RootfsTarget(_)
+            | Self::Device { .. }
             | Self::IdMapped(_)
             | Self::SharedPropagation(..)
             | Self::MountKind { .. }

@@ -2,6 +2,7 @@
 
 use protocol::agent;
 
+use super::devices::DeviceDisk;
 use super::disk::DiskName;
 use super::plan::{Directory, GuestMount, MemoryVolume, MountSource, Plan};
 use super::probe::Owner;
@@ -25,6 +26,7 @@ impl Plan {
         let to_agent = |volume: &MemoryVolume| {
             let mut empty = agent::EmptyVolume::new();
             empty.size_bytes = volume.bytes;
+            empty.huge_page_bytes = volume.huge_page_bytes;
             empty.root = Some(volume.root.to_agent()).into();
             let mut wanted = agent::Volume::new();
             wanted.name.clone_from(&volume.name);
@@ -32,6 +34,21 @@ impl Plan {
             wanted
         };
         self.volumes.iter().map(to_agent).collect()
+    }
+
+    /// The block devices that the specification names by number. `disks[n]` is the n-th disk.
+    #[must_use]
+    pub fn agent_disks(&self, disks: &[DiskName]) -> Vec<agent::DeviceDisk> {
+        let to_agent = |device: &DeviceDisk| agent::DeviceDisk {
+            serial: disks
+                .get(device.disk)
+                .map(|disk| disk.serial.clone())
+                .unwrap_or_default(),
+            major: device.number.0,
+            minor: device.number.1,
+            ..Default::default()
+        };
+        self.devices.iter().map(to_agent).collect()
     }
 }
 

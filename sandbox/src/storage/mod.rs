@@ -6,6 +6,7 @@
 //!
 //! Sending the descriptors to the VMM and the guest's half to the agent is not done here.
 
+mod devices;
 mod disk;
 mod error;
 mod ext4;
@@ -38,6 +39,7 @@ use protocol::vmm::CachePolicy;
 
 use crate::api::RootfsMount;
 
+pub use devices::DeviceDisk;
 pub use disk::{Disk, DiskName, Part};
 pub use error::StorageError;
 pub use files::{FilesVolume, Watch};
@@ -105,6 +107,10 @@ pub fn realize(plan: &mut Plan, watch: Watch<'_>, holder: &MountHolder) -> Resul
         let (name, fd, cache) = match step {
             HostStep::Disk { parts } => {
                 attachments.disks.push(disk::open(parts)?);
+                continue;
+            }
+            HostStep::Device { number, read_only } => {
+                attachments.disks.push(disk::open_device(*number, *read_only)?);
                 continue;
             }
             HostStep::Unseen { directory } => {

@@ -99,7 +99,7 @@ impl Plan {
                 .cloned()
                 .collect();
             let (source, options) = if is_bind(mount) {
-                self.bind(context, mount, &target, words, &mut files, probe)?
+                self.bind((context, spec), mount, &target, words, &mut files, probe)?
             } else {
                 self.own(context, mount, &target, words)?
             };
@@ -167,7 +167,7 @@ impl Plan {
     /// A bind mount.
     fn bind(
         &mut self,
-        context: Context<'_>,
+        (context, spec): (Context<'_>, &Spec),
         mount: &Mount,
         target: &Path,
         mut words: Vec<String>,
@@ -186,6 +186,12 @@ impl Plan {
         }
         let info = probe(&source)
             .map_err(|cause| StorageError::opening("the source of a bind mount,", &source, cause))?;
+        if info.kind == FileKind::BlockDevice {
+            if !words.iter().any(|word| options::is_bind(word)) {
+                words.insert(0, "bind".to_owned());
+            }
+            return Ok((self.device_node(info.number, spec), words));
+        }
         if let Some(replaced) = guests_own(context, &source, target, &info, &words)? {
             return Ok(replaced);
         }
@@ -254,6 +260,9 @@ impl Plan {
 
     /// An emptyDir in memory, or a `subPath` of one: a file system of the guest's, as large as the host's.
     fn memory_volume(&mut self, source: &Path, info: &SourceInfo, probe: Probe<'_>) -> Option<MountSource> {
+        if let (FileSystem::Huge { page_bytes }, FileKind::Directory) = (info.file_system, info.kind) {
+            return Some(self.huge_volume(info, page_bytes));
+        }
         let FileSystem::Tmpfs { bytes } = info.file_system else {
             return None;
         };
@@ -280,6 +289,7 @@ impl Plan {
             self.volumes.push(MemoryVolume {
                 name: name.clone(),
                 bytes,
+                huge_page_bytes: 0,
                 root: volume.owner,
             });
         }
@@ -288,6 +298,21 @@ impl Plan {
             directory: (!path.is_empty()).then_some(info.owner),
             path,
         })
+    }
+
+    /// A directory of huge pages, an emptyDir of the medium `HugePages` above all: pages of the guest's, of the same
+    /// size. How many there may be is the containers' own limits' matter.
+    fn huge_volume(&mut self, info: &SourceInfo, page_bytes: u64) -> MountSource {
+        let name = volume_name("huge", info.place);
+        if !self.volumes.iter().any(|known| known.name == name) {
+            self.volumes.push(MemoryVolume {
+                name: name.clone(),
+                bytes: 0,
+                huge_page_bytes: page_bytes,
+                root: info.owner,
+            });
+        }
+        root_of_volume(name)
     }
 
     /// A name no other share of the sandbox has: container ids are unique, and the part behind the last dot is
@@ -361,11 +386,6 @@ fn guests_own(
         FileKind::Fifo => {
             return unshareable("a named pipe cannot be shared with a virtual machine: remove the mount");
         }
-        FileKind::BlockDevice => {
-            return unshareable(
-                "block devices cannot be bind-mounted into a virtual machine: mount a file system",
-            );
-        }
         FileKind::CharDevice => {
             return match GUEST_DEVICES.iter().find(|path| Path::new(path) == source) {
                 Some(path) => guest(path),
@@ -374,7 +394,7 @@ fn guests_own(
                 ),
             };
         }
-        FileKind::Directory | FileKind::File => {}
+        FileKind::BlockDevice | FileKind::Directory | FileKind::File => {}
     }
     let known = KERNEL_PATHS.iter().find(|(path, _)| Path::new(path) == source);
     match info.file_system {
@@ -394,7 +414,7 @@ fn guests_own(
             options.extend(["mode=1777".to_owned(), format!("size={bytes}")]);
             Ok(Some((kernel("tmpfs"), options)))
         }
-        FileSystem::Tmpfs { .. } | FileSystem::Ordinary => Ok(None),
+        FileSystem::Tmpfs { .. } | FileSystem::Huge { .. } | FileSystem::Ordinary => Ok(None),
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use oci_spec::runtime::Spec;
 use protocol::vmm::CachePolicy;
 
+use super::devices::DeviceDisk;
 use super::error::StorageError;
 use super::options;
 use super::probe::{FileKind, Owner, Place, SourceInfo};
@@ -118,6 +119,13 @@ pub enum HostStep {
         /// What it consists of, one behind the other.
         parts: Vec<DiskPart>,
     },
+    /// A block device of the host, by number: one disk for the guest, which the pod's containers have in common.
+    Device {
+        /// Major and minor number.
+        number: (u32, u32),
+        /// Whether the guest may only read.
+        read_only: bool,
+    },
     /// Nothing is opened, but a directory must be empty: the guest has something else in its place.
     Unseen {
         /// The directory on the host.
@@ -225,8 +233,10 @@ pub struct GuestMount {
 pub struct MemoryVolume {
     /// Its name in the pod.
     pub name: String,
-    /// How much it may hold, in bytes.
+    /// How much it may hold, in bytes; 0 for no limit of its own.
     pub bytes: u64,
+    /// The size of its pages in bytes, when it is made of huge ones; otherwise 0.
+    pub huge_page_bytes: u64,
     /// Of its root.
     pub root: Owner,
 }
@@ -242,6 +252,8 @@ pub struct Plan {
     pub mounts: Vec<GuestMount>,
     /// Volumes of the pod that the mounts name, without those that hold the host's files.
     pub volumes: Vec<MemoryVolume>,
+    /// Block devices that the specification names by number.
+    pub devices: Vec<DeviceDisk>,
     /// Whether the root file system is read-only once the mounts are made.
     pub read_only_rootfs: bool,
 }
@@ -271,6 +283,7 @@ impl Plan {
             rootfs: Vec::new(),
             mounts: Vec::new(),
             volumes: Vec::new(),
+            devices: Vec::new(),
             read_only_rootfs: spec
                 .root()
                 .as_ref()
@@ -282,6 +295,7 @@ impl Plan {
             [mount] if mount.is_shared() => plan.rootfs_from_mount(context, mount, probe)?,
             list => plan.rootfs_from_list(context, list)?,
         }
+        plan.add_devices(spec)?;
         plan.add_mounts(context, spec, probe)?;
         Ok(plan)
     }
@@ -385,7 +399,7 @@ impl Plan {
 
     /// How many disks there are so far.
     pub(super) fn disks(&self) -> usize {
-        let is_disk = |step: &&HostStep| matches!(step, HostStep::Disk { .. });
+        let is_disk = |step: &&HostStep| matches!(step, HostStep::Disk { .. } | HostStep::Device { .. });
         self.host.iter().filter(is_disk).count()
     }
 

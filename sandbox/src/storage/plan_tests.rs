@@ -24,6 +24,9 @@ fn host(path: &Path) -> io::Result<SourceInfo> {
         "/run/pipe" => tmpfs(Fifo),
         "/dev/fuse" | "/dev/ttyS0" => tmpfs(CharDevice),
         "/dev/sda" => tmpfs(BlockDevice),
+        "/k/pods/1/volumes/kubernetes.io~empty-dir/huge" => {
+            Ok((Directory, FileSystem::Huge { page_bytes: 2 << 20 }))
+        }
         "/proc" | "/proc/sys" => Ok((Directory, FileSystem::Kernel("proc"))),
         "/sys" => Ok((Directory, FileSystem::Kernel("sysfs"))),
         "/sys/fs/cgroup" | "/sys/fs/cgroup/x" => Ok((Directory, FileSystem::Cgroup)),
@@ -53,6 +56,11 @@ fn host(path: &Path) -> io::Result<SourceInfo> {
             uid: 0,
             gid: 7,
             mode: 0o2777,
+        },
+        number: if kind == FileKind::BlockDevice {
+            (8, 0)
+        } else {
+            (0, 0)
         },
         mount_root: path.ends_with("mem"),
         shows,
@@ -497,7 +505,6 @@ fn what_a_virtual_machine_cannot_have_is_refused_by_name() {
     for (source, expected) in [
         ("/run/docker.sock", "a socket cannot be shared"),
         ("/run/pipe", "a named pipe cannot be shared"),
-        ("/dev/sda", "block devices cannot be bind-mounted"),
         ("/dev/ttyS0", "devices of the host cannot be shared"),
         ("/proc/sys", "it belongs to the host's kernel"),
         ("/gone", "does not exist"),
@@ -564,6 +571,7 @@ fn an_empty_dir_in_memory_is_the_guests_and_its_sub_paths_too() {
     let made = vec![MemoryVolume {
         name: "memory-8-2d".into(),
         bytes: 64 << 20,
+        huge_page_bytes: 0,
         root: owner,
     }];
     assert_eq!(
@@ -616,4 +624,47 @@ fn one_directory_at_two_places_is_one_share() {
     assert_eq!(steps.len(), 2);
     assert_eq!(mounts[0].source, mounts[1].source);
     assert_ne!(mounts[0].source, mounts[2].source);
+}
+
+#[test]
+fn a_block_device_at_a_path_is_its_node() {
+    let json = r#"{"destination":"/dev/disk","type":"bind","source":"/dev/sda","options":["rbind","rprivate"]},
+                  {"destination":"/dev/again","type":"bind","source":"/dev/sda","options":["bind"]}"#;
+    let (steps, mounts) = mounts(json).unwrap();
+    // No rule allows writing to it.
+    assert_eq!(
+        steps,
+        [HostStep::Device {
+            number: (8, 0),
+            read_only: true
+        }]
+    );
+    let node = || MountSource::Block {
+        disk: 0,
+        part: 0,
+        file_system: String::new(),
+        devices: Vec::new(),
+    };
+    assert_eq!(
+        mounts,
+        [
+            guest(node(), "/dev/disk", "rbind rprivate"),
+            guest(node(), "/dev/again", "bind")
+        ]
+    );
+}
+
+#[test]
+fn a_directory_of_huge_pages_is_the_guests_and_the_pods() {
+    let source = "/k/pods/1/volumes/kubernetes.io~empty-dir/huge";
+    let json = format!(r#"{{"destination":"/huge","type":"bind","source":"{source}","options":["rbind"]}}"#);
+    let spec = spec(&format!(r#","root":{{"path":"rootfs"}},"mounts":[{json}]"#));
+    let plan = Plan::new(context(), &spec, &[], &host).unwrap();
+    let [volume] = &plan.volumes[..] else {
+        panic!("{plan:?}");
+    };
+    assert_eq!((volume.huge_page_bytes, volume.bytes), (2 << 20, 0));
+    assert!(matches!(&plan.mounts[0].source, MountSource::Volume { name, .. } if *name == volume.name));
+    assert_eq!(plan.agent_volumes()[0].empty().huge_page_bytes, 2 << 20);
+    assert_eq!(plan.host.len(), 1, "nothing is shared but the root");
 }

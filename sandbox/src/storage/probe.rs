@@ -39,6 +39,11 @@ pub enum FileSystem {
     },
     /// cgroup or cgroup2.
     Cgroup,
+    /// hugetlbfs.
+    Huge {
+        /// The size of its pages in bytes.
+        page_bytes: u64,
+    },
     /// Another one through which the host's kernel shows itself: by its type.
     Kernel(&'static str),
 }
@@ -84,6 +89,8 @@ pub struct SourceInfo {
     pub place: Place,
     /// Whose it is.
     pub owner: Owner,
+    /// Of which device, major and minor, a device node is.
+    pub number: (u32, u32),
     /// Whether something is mounted right here.
     pub mount_root: bool,
     /// Which directory of its file system the mount shows, of a `subPath`.
@@ -93,7 +100,7 @@ pub struct SourceInfo {
 }
 
 /// File systems that show or steer the host's kernel, by statfs(2)'s `f_type` (linux/magic.h).
-const KERNEL_FILE_SYSTEMS: [(u64, &str); 12] = [
+const KERNEL_FILE_SYSTEMS: [(u64, &str); 11] = [
     (0x9fa0, "proc"),
     (0x6265_6572, "sysfs"),
     (0x1cd1, "devpts"),
@@ -105,10 +112,10 @@ const KERNEL_FILE_SYSTEMS: [(u64, &str); 12] = [
     (0x6265_6570, "configfs"),
     (0xde5e_81e4, "efivarfs"),
     (0x6e73_6673, "nsfs"),
-    (0x9584_58f6, "hugetlbfs"),
 ];
 const CGROUP: [u64; 2] = [0x27_e0eb, 0x6367_7270];
 const TMPFS: u64 = 0x0102_1994;
+const HUGETLBFS: u64 = 0x9584_58f6;
 
 /// The host's files, as a plan looks at them.
 #[derive(Debug, Default)]
@@ -176,6 +183,9 @@ pub(super) fn inspect(fd: impl AsFd) -> io::Result<SourceInfo> {
         None if magic == TMPFS => FileSystem::Tmpfs {
             bytes: fs.f_blocks.saturating_mul(u64::try_from(fs.f_bsize).unwrap_or(0)),
         },
+        None if magic == HUGETLBFS => FileSystem::Huge {
+            page_bytes: u64::try_from(fs.f_bsize).unwrap_or(0),
+        },
         None => FileSystem::Ordinary,
     };
     Ok(SourceInfo {
@@ -191,6 +201,7 @@ pub(super) fn inspect(fd: impl AsFd) -> io::Result<SourceInfo> {
             gid: stat.stx_gid,
             mode: u32::from(stat.stx_mode) & 0o7777,
         },
+        number: (stat.stx_rdev_major, stat.stx_rdev_minor),
         mount_root: stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT),
         shows: None,
         below: 0,

@@ -66,6 +66,7 @@ fn realized(step: HostStep) -> Result<Attachments, StorageError> {
             rootfs: Vec::new(),
             mounts: Vec::new(),
             volumes: Vec::new(),
+            devices: Vec::new(),
             read_only_rootfs: false,
         },
         &|_, _| Ok(()),
@@ -717,6 +718,7 @@ fn a_slave_receives_the_hosts_mounts_and_gives_up_its_place() {
             rootfs: Vec::new(),
             mounts: Vec::new(),
             volumes: Vec::new(),
+            devices: Vec::new(),
             read_only_rootfs: false,
         };
         realize(&mut plan, &|_, _| Ok(()), &holder)

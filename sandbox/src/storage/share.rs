@@ -130,11 +130,13 @@ pub(super) fn open_kind(
     let info = inspect(place.as_fd()).map_err(opening)?;
     match (info.kind == kind, info.file_system) {
         (true, FileSystem::Ordinary | FileSystem::Tmpfs { .. }) => Ok(place),
-        (true, FileSystem::Kernel(_) | FileSystem::Cgroup) => Err(StorageError::Kind {
-            what: WHAT,
-            path: path.to_owned(),
-            expected: "on a file system that can be shared",
-        }),
+        (true, FileSystem::Kernel(_) | FileSystem::Huge { .. } | FileSystem::Cgroup) => {
+            Err(StorageError::Kind {
+                what: WHAT,
+                path: path.to_owned(),
+                expected: "on a file system that can be shared",
+            })
+        }
         (false, _) => Err(StorageError::Kind {
             what: WHAT,
             path: path.to_owned(),

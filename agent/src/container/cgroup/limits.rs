@@ -56,7 +56,12 @@ pub fn settings(resources: &Resources) -> Result<Vec<Setting>, SpecError> {
                 format!("{:?} is no page size: write it as 2MB or 1GB", limit.page_size),
             ));
         }
-        settings.push(set(format!("hugetlb.{}.max", limit.page_size), limit.limit));
+        let file = format!("hugetlb.{}.max", limit.page_size);
+        // The kubelet forbids the host's sizes that a container does not use; the guest need not have them.
+        settings.push(match limit.limit {
+            0 => optional(file, 0),
+            bytes => set(file, bytes),
+        });
         settings.push(optional(
             format!("hugetlb.{}.rsvd.max", limit.page_size),
             limit.limit,

@@ -1,0 +1,145 @@
+//! containerd 2.3 with its erofs snapshotter: layers reach the guest as block devices, and nothing of the root file
+//! system is shared.
+
+use kata_rs_tests::{BUSYBOX, IMAGES, LeakCheck, RUNTIME, sh, unique};
+
+const LAYERS: &str = "localhost/layers:1";
+const SNAPSHOTS: &str = "/var/lib/containerd-2.3/io.containerd.snapshotter.v1.erofs/snapshots";
+
+/// containerd 2.3 until the test ends. Suites run one test at a time, and others expect 2.1.
+struct Containerd;
+
+impl Containerd {
+    /// `rwlayer`: the snapshotter gives containers a block image to write to.
+    #[track_caller]
+    fn start(rwlayer: &str) -> Self {
+        sh(&format!(
+            "set -e; use-containerd 2.3 {rwlayer}; done=/run/kata-rs-test-erofs; [ ! -e $done ] || exit 0; \
+             for image in busybox layers; do for snapshotter in erofs overlayfs; do \
+             ctr images import --local --snapshotter $snapshotter {IMAGES}/$image.oci.tar; done; done >/dev/null; \
+             touch $done"
+        ))
+        .ok();
+        Self
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        let _ = sh("use-containerd 2.1");
+    }
+}
+
+fn run(options: &str, image: &str, script: &str) -> kata_rs_tests::Outcome {
+    sh(&format!(
+        "ctr run --rm --runtime {RUNTIME} {options} {image} {} sh -c '{script}'",
+        unique("t")
+    ))
+}
+
+#[test]
+fn layers_are_erofs_on_virtio_blk_and_read_as_they_do_when_shared() {
+    let _containerd = Containerd::start("");
+    let mounts = "grep -c virtiofs /proc/mounts; grep \" / \" /proc/mounts | tail -1 | cut -d\" \" -f1,3; \
+                  ls /sys/fs/erofs | grep -v features";
+    let erofs = run("--user 0:0 --snapshotter erofs", LAYERS, mounts);
+    assert_eq!(
+        erofs.stdout.lines().collect::<Vec<_>>(),
+        ["0", "overlay overlay", "vda1", "vda2", "vda3"],
+        "{erofs:?}"
+    );
+    let shared = run("--user 0:0 --snapshotter overlayfs", LAYERS, mounts);
+    assert_eq!(
+        shared.stdout.lines().collect::<Vec<_>>(),
+        ["1", "kata-rs virtiofs"],
+        "{shared:?}"
+    );
+    // Whiteouts, an opaque directory, a hard link, owners, modes, contents: the same on both, and with runc.
+    let files = "cd /; find bin data etc | sort | xargs stat -c \"%n %a %u %g %F\" | md5sum; \
+                 find data etc bin/busybox -type f | sort | xargs md5sum; \
+                 ls -A data data/opaque; test data/kept/a -ef data/kept/b && echo linked";
+    let erofs = run("--user 0:0 --snapshotter erofs", LAYERS, files);
+    let shared = run("--user 0:0 --snapshotter overlayfs", LAYERS, files);
+    let runc = sh(&format!(
+        "ctr run --rm --user 0:0 --snapshotter erofs {LAYERS} {} sh -c '{files}'",
+        unique("r")
+    ));
+    assert!(erofs.ok().ends_with("linked"), "{erofs:?}");
+    assert_eq!(erofs.ok(), shared.ok());
+    assert_eq!(erofs.ok(), runc.ok());
+}
+
+#[test]
+fn without_a_block_image_a_container_writes_to_the_guests_memory() {
+    let _containerd = Containerd::start("");
+    let id = unique("t");
+    let written = sh(&format!(
+        "set -e; ctr c create --runtime {RUNTIME} --snapshotter erofs {BUSYBOX} {id} \
+         sh -c 'echo run >> /root/count; wc -l < /root/count; stat -c %a /; grep -c writable/upper /proc/mounts'; \
+         ctr task start {id}; ctr task start {id}; \
+         find {SNAPSHOTS} -name count; ctr c rm {id}"
+    ));
+    assert_eq!(
+        written.ok().split_whitespace().collect::<Vec<_>>(),
+        ["1", "755", "1", "1", "755", "1"]
+    );
+}
+
+#[test]
+fn a_block_image_keeps_what_is_written_and_is_made_when_it_is_missing() {
+    let _containerd = Containerd::start("rwlayer");
+    let id = unique("t");
+    // The client makes the image when it looks into the file system for the user's groups: ours is made anew.
+    let written = sh(&format!(
+        "set -e; ctr c create --runtime {RUNTIME} --snapshotter erofs {LAYERS} {id} \
+         sh -c 'echo run >> /tmp/count; wc -l < /tmp/count; ls /sys/fs/ext4 | grep vd; grep -c virtiofs /proc/mounts || true'; \
+         rm -f {SNAPSHOTS}/*/rwlayer.img; \
+         ctr task start {id}; ctr task start {id}; \
+         e2fsck -fn {SNAPSHOTS}/*/rwlayer.img >/dev/null 2>&1; stat -c %s {SNAPSHOTS}/*/rwlayer.img; ctr c rm {id}"
+    ));
+    assert_eq!(
+        written.ok().split_whitespace().collect::<Vec<_>>(),
+        ["1", "vda1", "0", "2", "vda1", "0", "268435456"]
+    );
+}
+
+#[test]
+fn slots_serve_one_container_after_another() {
+    let _containerd = Containerd::start("rwlayer");
+    let leaks = LeakCheck::begin();
+    let group = unique("g");
+    // One VM: the first container stays, the others come and go. Their number is more than all slots.
+    let script = format!(
+        "set -e; g='--runtime {RUNTIME} --snapshotter erofs --annotation io.containerd.runc.v2.group={group}'; \
+         ctr run -d $g {BUSYBOX} {group} sleep 1000; \
+         for i in 1 2 3 4 5 6 7; do ctr run --rm $g {LAYERS} {group}-$i \
+         'cat changed; echo x > /tmp/file; sync; ls /sys/block/vd*/ | grep -c \"^vd.[0-9]\"'; done; \
+         ctr task kill -s 9 {group}; ctr task rm {group} >/dev/null || true; ctr c rm {group}"
+    );
+    let outcome = sh(&script);
+    let _ = sh(&format!("ctr task rm -f {group}; ctr c rm {group}"));
+    assert_eq!(
+        outcome.stdout.split_whitespace().collect::<Vec<_>>(),
+        // The first container's two partitions, and four of each that comes.
+        ["three", "6"].repeat(7),
+        "{outcome:?}"
+    );
+    leaks.nothing_left();
+}
+
+#[test]
+fn a_layer_that_is_cut_off_or_no_file_system_is_named() {
+    let _containerd = Containerd::start("");
+    let outcome = sh(&format!(
+        "id={0}; ctr c create --runtime {RUNTIME} --snapshotter erofs {BUSYBOX} $id true; \
+         layer=$(ls {SNAPSHOTS}/*/layer.erofs | head -1); cp $layer /run/layer.saved; \
+         truncate -s 8192 $layer; ctr task start $id; \
+         head -c 8192 /dev/zero > $layer; ctr task start $id; \
+         cat /run/layer.saved > $layer; rm /run/layer.saved; ctr task start $id; echo status $?; ctr c rm $id",
+        unique("t")
+    ));
+    assert!(outcome.stdout.contains("status 0"), "{outcome:?}");
+    for words in ["has 8192 of the", "holds no erofs file system", "layer.erofs"] {
+        assert!(outcome.stderr.contains(words), "{words}: {outcome:?}");
+    }
+}
