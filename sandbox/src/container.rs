@@ -143,6 +143,8 @@ pub(crate) struct Container {
     pub timeline: ContainerTimeline,
     /// False for a pod's sandbox, of which the guest knows nothing.
     pub in_guest: bool,
+    /// Whether it asks for the host's pid namespace.
+    pub host_pids: bool,
     /// The init's exit, held back until no exec is being started.
     held: Option<Exit>,
 }
@@ -166,6 +168,7 @@ impl Container {
             last_stats: None,
             timeline,
             in_guest: true,
+            host_pids: false,
             held: None,
         }
     }
@@ -357,10 +360,10 @@ impl Containers {
             container.phase == Phase::Made && container.init.pid == pid && container.init.task.is_some()
         };
         let (id, container) = self.map.iter().find(|(_, container)| is_owner(container))?;
-        Some(if container.in_guest {
-            Owner::Container(id.clone())
-        } else {
-            Owner::Sandbox
+        Some(match (container.in_guest, container.host_pids) {
+            (true, _) => Owner::Container(id.clone()),
+            (false, false) => Owner::Sandbox,
+            (false, true) => Owner::HostPidSandbox,
         })
     }
 

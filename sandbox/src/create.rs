@@ -75,6 +75,7 @@ pub(crate) async fn create(pod: Arc<Pod>, request: ContainerRequest) -> Result<u
     let mut container = Container::making(bundle.clone(), rootfs.clone(), stdio.uris(), timeline);
     container.hooks = hooks.clone();
     container.in_guest = Role::of(&spec) != Role::Sandbox;
+    container.host_pids = namespaces::wants_host_pids(&spec);
     let in_guest = container.in_guest;
     pod.containers().reserve(&id, container)?;
     let mut made = Made::default();

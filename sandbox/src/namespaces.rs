@@ -73,6 +73,8 @@ impl NamespaceError {
 pub(crate) enum Owner {
     /// The pod's sandbox.
     Sandbox,
+    /// The sandbox of a pod with `hostPID: true`.
+    HostPidSandbox,
     /// This container's init.
     Container(String),
 }
@@ -112,7 +114,7 @@ pub(crate) fn resolve(
             continue;
         };
         match owner_of(path, name, &owner) {
-            Some(Owner::Sandbox) => {}
+            Some(Owner::Sandbox | Owner::HostPidSandbox) => {}
             Some(Owner::Container(container)) => {
                 return Err(NamespaceError::NotShared {
                     kind: name,
@@ -124,6 +126,7 @@ pub(crate) fn resolve(
             None => return Err(foreign(name, path)),
         }
     }
+    // Containers of a pod in the host's pid namespace name their sandbox, which is in it.
     let Some(namespace) = find(spec, LinuxNamespaceType::Pid) else {
         return Ok(Pid_namespace::GuestPidNamespace(Empty::new()));
     };
@@ -132,9 +135,15 @@ pub(crate) fn resolve(
     };
     match owner_of(path, "pid", &owner) {
         Some(Owner::Sandbox) => Ok(Pid_namespace::PodPidNamespace(Empty::new())),
+        Some(Owner::HostPidSandbox) => Ok(Pid_namespace::GuestPidNamespace(Empty::new())),
         Some(Owner::Container(container)) => Ok(Pid_namespace::PidNamespaceOf(container)),
         None => Err(foreign("pid", path)),
     }
+}
+
+/// Whether a specification asks for the host's pid namespace.
+pub(crate) fn wants_host_pids(spec: &Spec) -> bool {
+    find(spec, LinuxNamespaceType::Pid).is_none()
 }
 
 fn foreign(kind: &'static str, path: &Path) -> NamespaceError {
@@ -179,6 +188,7 @@ mod tests {
     fn owner(pid: u32) -> Option<Owner> {
         match pid {
             10 => Some(Owner::Sandbox),
+            9 => Some(Owner::HostPidSandbox),
             11 => Some(Owner::Container("c".into())),
             _ => None,
         }
@@ -195,6 +205,10 @@ mod tests {
         assert_eq!(
             at("/proc/10/ns/pid"),
             Ok(Pid_namespace::PodPidNamespace(Empty::new()))
+        );
+        assert_eq!(
+            at("/proc/9/ns/pid"),
+            Ok(Pid_namespace::GuestPidNamespace(Empty::new()))
         );
         assert_eq!(
             at("/proc/11/ns/pid"),

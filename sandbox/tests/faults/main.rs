@@ -770,7 +770,7 @@ async fn execs_are_told_apart(place: &Place) {
 fn pause(place: &Place, id: &str) -> ContainerRequest {
     let mut spec: serde_json::Value = serde_json::from_slice(&oci(
         "/pause",
-        &serde_json::json!([{ "type": "network" }, { "type": "ipc" }]),
+        &serde_json::json!([{ "type": "network" }, { "type": "ipc" }, { "type": "pid" }]),
     ))
     .unwrap();
     spec["annotations"] = serde_json::json!({ "io.kubernetes.cri.container-type": "sandbox" });
