@@ -68,6 +68,7 @@ def round_of(cases, number, results):
             cases.remove(case)
             continue
         read = json.loads(text[text.index("{"):])["jobs"][0]["read"]
+        note(f"random reads, {runtime} on {snapshotter}: {read['iops']:.0f}/s")
         results.setdefault(f"{runtime} {snapshotter}", []).append({"iops": read["iops"], "mean_us": read["lat_ns"]["mean"] / 1000})
 
 

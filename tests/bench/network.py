@@ -72,6 +72,7 @@ def round_of(ready, number, results):
         try:
             for direction, flag in (("out", []), ("in", ["-R"])):
                 rate = stream(name, address, f"{direction}{number}", flag)
+                note(f"network, {runtime}, {direction}: {rate / 1e9:.3f} Gbit/s")
                 results.setdefault(direction, {}).setdefault(runtime, []).append(rate)
         except Failure as failure:
             note(f"network, {runtime}: {failure}")
