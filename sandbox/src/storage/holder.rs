@@ -1,19 +1,31 @@
 //! A mount namespace without processes, for shares that receive what the host mounts below them later.
 //!
 //! The kernel tells detached mounts of unmounts only (fs/pnode.c, `propagate_one` passes over anonymous namespaces).
-//! A share that is a slave of the host's mounts therefore needs a place in a namespace. This one holds nothing else,
-//! nobody enters it for longer than a mount takes, and it ends with the descriptor of it.
+//! A share that is a slave of the host's mounts therefore needs a place in a namespace. This one holds nothing else, and
+//! it ends with the descriptor of it.
+//!
+//! What the VMM has looked up in a mount keeps that mount in use, and a mount whose slave is in use cannot be unmounted
+//! on the host (`propagate_mount_busy`). So each mount that arrives is covered with a clone of itself: files are
+//! looked up in the clone, a clone that covers a mount completely does not count, and one whose mount has gone is taken
+//! away. A thread does that whenever the kernel tells of a change of the namespace's mounts.
 
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use super::sys::{attr, in_private_namespace, set_attributes};
+use super::mountinfo;
+use super::sys::{attr, clone_tree, in_private_namespace, set_attributes};
+
+/// How often the table is read again after something was changed in it. Covering one mount may show others.
+const ROUNDS: u32 = 16;
 
 /// A pod's namespace, made when the first share needs it.
 #[derive(Debug, Default)]
@@ -25,6 +37,18 @@ pub struct MountHolder {
 struct Namespace {
     fd: OwnedFd,
     count: AtomicU64,
+    covers: Arc<Covers>,
+    /// Closing it ends the thread that watches.
+    _watched: OwnedFd,
+}
+
+/// The clones that cover mounts of the host's.
+#[derive(Debug)]
+struct Covers {
+    /// The host's /proc.
+    proc: OwnedFd,
+    /// Numbers of the mounts.
+    known: Mutex<BTreeSet<u64>>,
 }
 
 /// A mount in the namespace. Dropping it takes it away.
@@ -46,6 +70,7 @@ impl MountHolder {
             rustix::fs::mkdirat(CWD, name.as_str(), Mode::RWXU)?;
             let from_fd = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
             rustix::mount::move_mount(tree, c"", CWD, name.as_str(), from_fd)?;
+            namespace.covers.settle()?;
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             Ok(rustix::fs::openat(CWD, name.as_str(), flags, Mode::empty())?)
         })?;
@@ -57,10 +82,30 @@ impl MountHolder {
         if let Some(namespace) = &*held {
             return Ok(Arc::clone(namespace));
         }
+        let proc = rustix::fs::open(
+            "/proc",
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        let covers = Arc::new(Covers {
+            proc,
+            known: Mutex::default(),
+        });
         let fd = in_private_namespace(empty_this_namespace)?;
+        let (end, watched) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let (theirs, watching) = (fd.try_clone()?, Arc::clone(&covers));
+        std::thread::Builder::new()
+            .name("kata-rs-covers".into())
+            .spawn(move || {
+                if let Err(error) = enter(&theirs).and_then(|()| watching.watch(&end)) {
+                    tracing::warn!(%error, "mounts that arrive from now on cannot be unmounted on the host while they are in use");
+                }
+            })?;
         let namespace = Arc::new(Namespace {
             fd,
             count: AtomicU64::new(0),
+            covers,
+            _watched: watched,
         });
         *held = Some(Arc::clone(&namespace));
         Ok(namespace)
@@ -86,14 +131,20 @@ fn empty_this_namespace() -> io::Result<OwnedFd> {
     Ok(namespace)
 }
 
+/// Enters a mount namespace with this thread, which then ends with it.
+fn enter(namespace: &OwnedFd) -> io::Result<()> {
+    // SAFETY: only UnshareFlags::FILES is dangerous, and it is not given. A mount namespace can be entered only by a
+    // thread whose root and working directory are no other thread's.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS)? };
+    rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))?;
+    Ok(())
+}
+
 impl Namespace {
     /// Runs `work` on a thread in this namespace, in its root directory.
     fn enter<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
         let enter_and_work = || {
-            // SAFETY: only UnshareFlags::FILES is dangerous, and it is not given. The thread ends with its working
-            // directory, which a mount namespace can be entered with only when no other thread has it too.
-            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS)? };
-            rustix::thread::move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Mount))?;
+            enter(&self.fd)?;
             work()
         };
         std::thread::scope(|scope| {
@@ -105,6 +156,105 @@ impl Namespace {
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
+}
+
+impl Covers {
+    fn table(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(
+            &self.proc,
+            "thread-self/mountinfo",
+            flags,
+            Mode::empty(),
+        )?)
+    }
+
+    /// Settles after every change, until the other end of `end` is closed.
+    fn watch(&self, end: &OwnedFd) -> io::Result<()> {
+        let table = self.table()?;
+        loop {
+            self.settle()?;
+            let mut fds = [
+                // proc_pid_mounts(5): a change shows as an exceptional condition.
+                PollFd::new(&table, PollFlags::PRI),
+                PollFd::new(end, PollFlags::empty()),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) if !fds[1].revents().is_empty() => return Ok(()),
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Covers what is not covered, and takes away what covers nothing any more. In the namespace.
+    fn settle(&self) -> io::Result<()> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        for _ in 0..ROUNDS {
+            let mut text = Vec::new();
+            io::Read::read_to_end(&mut std::fs::File::from(self.table()?), &mut text)?;
+            let mounts = mountinfo::tree(&text);
+            let places: HashMap<u64, &Path> = mounts
+                .iter()
+                .map(|mount| (mount.id, mount.place.as_path()))
+                .collect();
+            let covered: BTreeSet<u64> = mounts
+                .iter()
+                .filter(|mount| places.get(&mount.parent) == Some(&mount.place.as_path()))
+                .map(|mount| mount.parent)
+                .collect();
+            known.retain(|id| places.contains_key(id));
+            let mut changed = false;
+            for mount in &mounts {
+                // The root, and the shares themselves, which nobody unmounts but their holder.
+                if mount.place.components().count() <= 2 {
+                    continue;
+                }
+                if places.get(&mount.parent) == Some(&mount.place.as_path()) {
+                    known.insert(mount.id);
+                } else if known.contains(&mount.id) {
+                    changed |= uncover(&mount.place, mount.id);
+                } else if !covered.contains(&mount.id)
+                    && let Some(cover) = cover(&mount.place, mount.id)
+                {
+                    known.insert(cover);
+                    changed = true;
+                }
+            }
+            if !changed {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The place, if it is the root of this very mount and nothing covers it.
+fn open_mount(place: &PathBuf, mount: u64) -> Option<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(place, flags, Mode::empty()).ok()?;
+    (number(&fd) == Some(mount)).then_some(fd)
+}
+
+fn number(fd: &OwnedFd) -> Option<u64> {
+    let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID).ok()?;
+    Some(stat.stx_mnt_id)
+}
+
+/// Covers a mount with a clone. `None` when it has gone, or cannot be cloned: then it is as it is.
+fn cover(place: &PathBuf, mount: u64) -> Option<u64> {
+    let below = open_mount(place, mount)?;
+    let clone = clone_tree(&below, true).ok()?;
+    set_attributes(&clone, true, attr::SHARE, None).ok()?;
+    let from_fd = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(&clone, c"", CWD, place.as_path(), from_fd).ok()?;
+    number(&clone)
+}
+
+/// Takes a cover away whose mount has gone.
+fn uncover(place: &PathBuf, mount: u64) -> bool {
+    open_mount(place, mount).is_some()
+        && rustix::mount::unmount(place.as_path(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_ok()
 }
 
 impl Drop for HeldMount {

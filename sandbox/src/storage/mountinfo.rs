@@ -80,6 +80,28 @@ impl MountTable {
     }
 }
 
+/// One mount among others.
+pub(super) struct Mount {
+    pub id: u64,
+    pub parent: u64,
+    /// Where it is mounted.
+    pub place: PathBuf,
+}
+
+/// The mounts of a table, in its order.
+pub(super) fn tree(text: &[u8]) -> Vec<Mount> {
+    let number = |word: &[u8]| std::str::from_utf8(word).ok()?.parse().ok();
+    let mount = |line: &[u8]| {
+        let mut words = line.split(|byte| *byte == b' ');
+        Some(Mount {
+            id: number(words.next()?)?,
+            parent: number(words.next()?)?,
+            place: unescape(words.nth(2)?),
+        })
+    };
+    text.split(|byte| *byte == b'\n').filter_map(mount).collect()
+}
+
 /// Space, tab, newline and backslash are octal numbers in the table.
 fn unescape(text: &[u8]) -> PathBuf {
     if !text.contains(&b'\\') {

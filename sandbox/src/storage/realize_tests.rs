@@ -734,9 +734,43 @@ fn a_slave_receives_the_hosts_mounts_and_gives_up_its_place() {
     dir.file("shared/below/mounted", "");
     assert!(inside(&slave, "below/mounted").exists());
     assert!(!inside(&private, "below/mounted").exists());
-    // Nothing that the slave mounts is seen by the host, and nothing keeps the host from unmounting.
+    let until = |condition: &dyn Fn() -> bool| {
+        for _ in 0..1000 {
+            if condition() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        panic!("it does not become so");
+    };
+    // Once it is covered, what is in use of it does not keep the host from unmounting.
+    let covered = || {
+        let place = inside(&slave, "below");
+        let below_it = probe(&place).unwrap().place.mount;
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        below_it == probe(&place).unwrap().place.mount
+    };
+    until(&covered);
+    let open = fs::File::open(inside(&slave, "below/mounted")).unwrap();
     unmount(&below, UnmountFlags::empty()).unwrap();
-    assert!(!inside(&slave, "below/mounted").exists());
+    until(&|| !inside(&slave, "below/mounted").exists());
+    drop(open);
+    // What was there from the beginning is no different, with what is mounted in it.
+    mount("tmpfs", &below, "tmpfs", MountFlags::empty(), None).unwrap();
+    mount_change(&below, MountPropagationFlags::SHARED).unwrap();
+    let early = share(true);
+    let inner = dir.make("shared/below/inner");
+    mount("tmpfs", &inner, "tmpfs", MountFlags::empty(), None).unwrap();
+    dir.file("shared/below/inner/deep", "");
+    until(&|| inside(&early, "below/inner/deep").exists());
+    until(&covered);
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let open = fs::File::open(inside(&early, "below/inner/deep")).unwrap();
+    unmount(&inner, UnmountFlags::empty()).unwrap();
+    until(&|| !inside(&early, "below/inner/deep").exists());
+    unmount(&below, UnmountFlags::empty()).unwrap();
+    until(&|| !inside(&early, "below/inner").exists());
+    drop((open, early));
     assert_eq!(before, own(&mounts_of_this_process()));
     drop((private, slave));
     // Two at a time, and again.
