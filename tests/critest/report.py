@@ -10,6 +10,8 @@ HEAD = """# CRI conformance
 What critest {version}, the conformance suite of the Kubernetes container runtime interface, says about kata-rs, in the
 emulated test host. Made by `make critest` from its results and `tests/critest/reasons.toml`; do not edit. Each spec runs in
 a process of its own with a time limit; the images come from a registry in the test host and are made of Debian packages.
+Where a run names several commits, some of its specs ran again later, or later than the others. Minutes say little: the
+machine is emulated and shared.
 
 """
 CRITEST = "1.36.0"
