@@ -89,6 +89,13 @@ pub(crate) async fn create(pod: Arc<Pod>, request: ContainerRequest) -> Result<u
         hooks,
         limits,
     };
+    if Role::of(&spec) == Role::Member {
+        let score = spec
+            .process()
+            .as_ref()
+            .and_then(|process| process.oom_score_adj());
+        pod.spare_as(score.unwrap_or(0));
+    }
     let result = if in_guest {
         make(&pod, request, &mut made).await
     } else {

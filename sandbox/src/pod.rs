@@ -56,6 +56,8 @@ pub(crate) struct Pod {
     exit: watch::Sender<Option<SandboxExit>>,
     /// Why the end was brought about, when this process did it.
     reason: Mutex<Option<(SandboxExitCause, String)>>,
+    /// The least `oom_score_adj` of the containers there were, of a pod of CRI's.
+    oom_score: Mutex<Option<i32>>,
 }
 
 /// Stages of the start that are reached here, in µs since it began.
@@ -107,6 +109,7 @@ impl Pod {
             agent,
             exit: watch::Sender::new(None),
             reason: Mutex::default(),
+            oom_score: Mutex::default(),
         });
         lock(&pod.marks).vmm_spawned = rest.is_some().then(|| pod.elapsed());
         match (&pod.vm, rest) {
@@ -190,6 +193,20 @@ impl Pod {
         match &*self.agent.borrow() {
             Some(Err(start)) => start.clone(),
             _ => Error::Gone(exit.message),
+        }
+    }
+
+    /// A container of the pod is about to be made. The sandbox has the score of `pause`, which the host's out-of-memory
+    /// killer shall spare because it uses nothing; a VM with containers shall be spared as the one of them that
+    /// matters most.
+    pub fn spare_as(&self, score: i32) {
+        let mut least = lock(&self.oom_score);
+        if least.is_some_and(|least| least <= score) {
+            return;
+        }
+        *least = Some(score);
+        if let Ok(vm) = &self.vm {
+            vm::set_oom_score(vm.pid(), score);
         }
     }
 

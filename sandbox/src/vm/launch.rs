@@ -125,7 +125,7 @@ pub(crate) fn launch(
 
 /// Gives the VMM its share of the host's out-of-memory killer's attention. What this process has of it (containerd
 /// protects its shims) is not for the memory of a guest: it would make the kernel kill others first.
-fn set_oom_score(vmm: u32, score: i32) {
+pub(crate) fn set_oom_score(vmm: u32, score: i32) {
     if let Err(error) = std::fs::write(format!("/proc/{vmm}/oom_score_adj"), score.to_string()) {
         tracing::warn!(vmm, score, %error, "the VMM's oom_score_adj was not set");
     }

@@ -27,7 +27,7 @@ use crate::storage::Disk;
 pub use end::VmExit;
 pub(crate) use end::console_words;
 pub use error::VmError;
-pub(crate) use launch::launch;
+pub(crate) use launch::{launch, set_oom_score};
 
 /// How long the VMM may take to answer. Everything it does is a matter of milliseconds; attaching waits for
 /// requests in flight on slow storage.

@@ -867,6 +867,7 @@ fn member(place: &Place, id: &str, word: &str, pod: u32, pid: &serde_json::Value
     let mut spec: serde_json::Value =
         serde_json::from_slice(&oci(word, &serde_json::json!(namespaces))).unwrap();
     spec["annotations"] = serde_json::json!({ "io.kubernetes.cri.container-type": "container" });
+    spec["process"]["oomScoreAdj"] = 300.into();
     ContainerRequest {
         spec_json: serde_json::to_vec(&spec).unwrap(),
         ..place.container(id, word)
@@ -887,6 +888,12 @@ async fn namespaces_are_told_by_the_pids_of_the_pods_own_processes(place: &Place
         let request = member(place, "t", "tells-its-pid-namespace", pod, &pid);
         sandbox.create_container(request).await.unwrap_err().to_string()
     };
+    // The VM is spared by the host's out-of-memory killer as its containers are, not as `pause`.
+    let score = || {
+        let vmm = sandbox.vmm_pid().unwrap();
+        std::fs::read_to_string(format!("/proc/{vmm}/oom_score_adj")).unwrap()
+    };
+    assert_eq!(score().trim(), "300");
     assert!(told(own.clone()).await.ends_with("pids of its own"));
     assert!(told(at(pod)).await.ends_with("pids of the pod"));
     assert!(told(at(other)).await.ends_with("pids of c"));
