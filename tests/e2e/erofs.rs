@@ -113,7 +113,7 @@ fn slots_serve_one_container_after_another() {
         "set -e; g='--runtime {RUNTIME} --snapshotter erofs --annotation io.containerd.runc.v2.group={group}'; \
          ctr run -d $g {BUSYBOX} {group} sleep 1000; \
          for i in 1 2 3 4 5 6 7; do ctr run --rm $g {LAYERS} {group}-$i \
-         'cat changed; echo x > /tmp/file; sync; ls /sys/block/vd*/ | grep -c \"^vd.[0-9]\"'; done; \
+         sh -c 'cd /data; cat changed; echo x > /tmp/file; sync; ls /sys/block/vd*/ | grep -c \"^vd.[0-9]\"'; done; \
          ctr task kill -s 9 {group}; ctr task rm {group} >/dev/null || true; ctr c rm {group}"
     );
     let outcome = sh(&script);
