@@ -38,6 +38,8 @@ pub enum Command {
         #[arg(short, long)]
         follow: bool,
     },
+    /// Change what a running container may use; its VM grows and shrinks with it.
+    Update(UpdateOptions),
     /// Send a signal to a container's first process.
     Kill {
         /// The container.
@@ -138,6 +140,19 @@ pub struct ExecOptions {
     pub command: Vec<String>,
 }
 
+#[derive(Debug, Args)]
+#[group(id = "limits", required = true, multiple = true, args = ["cpus", "memory"])]
+pub struct UpdateOptions {
+    /// CPUs the container may use.
+    #[arg(long, value_parser = parse_cpus)]
+    pub cpus: Option<f64>,
+    /// Memory the container may use, with a suffix k, m or g.
+    #[arg(short, long, value_parser = parse_size)]
+    pub memory: Option<u64>,
+    /// The container.
+    pub name: String,
+}
+
 /// How a timeline is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
 pub enum TimelineFormat {
@@ -230,6 +245,18 @@ mod tests {
         };
         assert!(options.rm && options.interactive && options.tty);
         assert_eq!(options.command, ["ls", "-l", "--all"]);
+    }
+
+    #[test]
+    fn an_update_changes_something() {
+        let parse = |words: &[&str]| Arguments::try_parse_from([&["kata-rs", "update"], words].concat());
+        assert!(parse(&["web"]).is_err());
+        let Ok(Command::Update(options)) = parse(&["-m", "64m", "web"]).map(|arguments| arguments.command)
+        else {
+            panic!("not understood")
+        };
+        assert_eq!((options.cpus, options.memory), (None, Some(64 << 20)));
+        assert!(parse(&["--cpus", "2", "--memory", "1g", "web"]).is_ok());
     }
 
     #[test]

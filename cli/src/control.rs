@@ -1,4 +1,4 @@
-//! What `exec` and `kill` say to the process that holds a container.
+//! What `exec`, `update` and `kill` say to the process that holds a container.
 //!
 //! A `SOCK_SEQPACKET` socket; each message is one JSON document, descriptors travel with the first. One
 //! connection carries one request; `Exec` stays open until the process has exited.
@@ -30,6 +30,8 @@ pub enum Request {
     },
     /// Signal the container's first process, or on an open `Exec` the process.
     Signal(u32),
+    /// Change the container's limits: the OCI specification's `linux.resources`.
+    Update(serde_json::Value),
     /// The terminal of an open `Exec` has this size: rows, columns.
     Resize(u16, u16),
 }

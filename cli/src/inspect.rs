@@ -1,4 +1,4 @@
-//! `ps`, `logs`, `kill` and `rm`: what is known of containers, and how they go.
+//! `ps`, `logs`, `update`, `kill` and `rm`: what is known of containers, and how they go.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -6,10 +6,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
+use crate::arguments::UpdateOptions;
 use crate::control::{Connection, Reply, Request};
 use crate::error::Error;
 use crate::store::{Home, Record, State, Store};
-use crate::{block_on, signals};
+use crate::{block_on, signals, spec};
 
 #[derive(Serialize)]
 struct Row<'a> {
@@ -131,7 +132,18 @@ pub fn kill(store: &Store, name: &str, signal: &str) -> Result<(), Error> {
     send_signal(&store.find(name)?, signal)
 }
 
+/// Changes a container's limits.
+pub fn update(store: &Store, options: &UpdateOptions) -> Result<(), Error> {
+    let resources = spec::resources(options.cpus, options.memory);
+    ask(&store.find(&options.name)?, &Request::Update(resources))
+}
+
 fn send_signal(home: &Home, signal: u32) -> Result<(), Error> {
+    ask(home, &Request::Signal(signal))
+}
+
+/// Asks the process that holds a container for something.
+fn ask(home: &Home, request: &Request) -> Result<(), Error> {
     let name = &home.record.name;
     if home.record.state() != State::Running {
         return Err(Error::NotRunning(name.clone()));
@@ -139,10 +151,7 @@ fn send_signal(home: &Home, signal: u32) -> Result<(), Error> {
     block_on(async {
         let connection = Connection::connect(&home.socket()).map_err(|_| Error::NotRunning(name.clone()))?;
         let failed = "cannot reach the container's holder";
-        connection
-            .send(&Request::Signal(signal), &[])
-            .await
-            .map_err(Error::host(failed))?;
+        connection.send(request, &[]).await.map_err(Error::host(failed))?;
         match connection.receive::<Reply>().await.map_err(Error::host(failed))? {
             Some((Reply::Failed { message, status }, _)) => Err(Error::Reported { message, status }),
             Some(_) => Ok(()),

@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         Command::Exec(options) => exec::exec(&store, &options),
         Command::Ps { all, json } => inspect::ps(&store, all, json).map(|()| 0),
         Command::Logs { name, follow } => inspect::logs(&store, &name, follow).map(|()| 0),
+        Command::Update(options) => inspect::update(&store, &options).map(|()| 0),
         Command::Kill { name, signal } => inspect::kill(&store, &name, &signal).map(|()| 0),
         Command::Rm { force, names } => inspect::rm(&store, &names, force).map(|()| 0),
         Command::Check { json } => check::check(json),

@@ -110,19 +110,25 @@ pub struct Limits<'a> {
     pub volumes: &'a [Volume],
 }
 
-/// The whole specification; the root file system is given apart from it.
-pub fn container(name: &str, process: &Value, limits: &Limits<'_>) -> Value {
+/// The specification's `linux.resources`.
+pub fn resources(cpus: Option<f64>, memory: Option<u64>) -> Value {
     const PERIOD: f64 = 100_000.0;
     let mut resources = json!({});
-    if let Some(cpus) = limits.cpus {
+    if let Some(cpus) = cpus {
         // Checked at the command line: between 0.01 and 1024, so the product fits.
         #[allow(clippy::cast_possible_truncation, reason = "in range, see above")]
         let quota = (cpus * PERIOD).round() as i64;
         resources["cpu"] = json!({ "quota": quota, "period": 100_000 });
     }
-    if let Some(memory) = limits.memory {
+    if let Some(memory) = memory {
         resources["memory"] = json!({ "limit": memory });
     }
+    resources
+}
+
+/// The whole specification; the root file system is given apart from it.
+pub fn container(name: &str, process: &Value, limits: &Limits<'_>) -> Value {
+    let resources = resources(limits.cpus, limits.memory);
     let namespaces = ["pid", "ipc", "uts", "mount", "cgroup"].map(|kind| json!({ "type": kind }));
     json!({
         "ociVersion": "1.2.0",

@@ -261,6 +261,12 @@ async fn answer(held: &Held, connection: Connection, number: u64) {
             .await
             .map(|()| Reply::Done)
             .map_err(Error::from),
+        Request::Update(resources) => held
+            .sandbox
+            .update(&held.process.container_id, resources.to_string().as_bytes())
+            .await
+            .map(|()| Reply::Done)
+            .map_err(Error::from),
         Request::Exec { .. } => exec(held, &connection, request, fds, number).await,
         Request::Resize(..) => return,
     };

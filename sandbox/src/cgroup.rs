@@ -261,6 +261,7 @@ fn make(root: &Path, place: &Path) -> Result<(OwnedFd, bool), Errno> {
     let mut directory = open(CWD, root.as_os_str())?;
     let mut ours = false;
     for name in place.iter() {
+        enable_controllers(&directory);
         let made = match rustix::fs::mkdirat(&directory, name, Mode::from_raw_mode(0o755)) {
             Ok(()) => true,
             Err(Errno::EXIST) => false,
@@ -273,6 +274,44 @@ fn make(root: &Path, place: &Path) -> Result<(OwnedFd, bool), Errno> {
         ours = made || is_marked(&directory);
     }
     Ok((directory, ours))
+}
+
+/// Lets what is in a cgroup be counted and limited by all that it can, as runc does on its way to a container's cgroup:
+/// nobody else does it for one that is made here. Without a controller the rest works all the same.
+fn enable_controllers(directory: &OwnedFd) {
+    let read = |name: &str| -> Result<String, Errno> {
+        let file = rustix::fs::openat(directory, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let mut text = [0; 256];
+        let length = rustix::io::read(&file, &mut text)?;
+        Ok(String::from_utf8_lossy(&text[..length]).into_owned())
+    };
+    let write = |text: &str| -> Result<(), Errno> {
+        let name = "cgroup.subtree_control";
+        let file = rustix::fs::openat(directory, name, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        rustix::io::write(&file, text.as_bytes()).map(drop)
+    };
+    let (Ok(there), Ok(enabled)) = (read("cgroup.controllers"), read("cgroup.subtree_control")) else {
+        return;
+    };
+    let missing = missing_controllers(&there, &enabled);
+    if missing.is_empty() || write(&missing.join(" ")).is_ok() {
+        return;
+    }
+    // One that is refused takes the others with it.
+    for controller in missing {
+        if let Err(error) = write(&controller) {
+            tracing::debug!(controller, %error, "a cgroup controller cannot be enabled");
+        }
+    }
+}
+
+/// What to write to `cgroup.subtree_control`.
+fn missing_controllers(there: &str, enabled: &str) -> Vec<String> {
+    there
+        .split_whitespace()
+        .filter(|name| !enabled.split_whitespace().any(|enabled| enabled == *name))
+        .map(|name| format!("+{name}"))
+        .collect()
 }
 
 fn open(at: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
@@ -404,6 +443,16 @@ mod tests {
 
     fn is_gone(path: &Path) -> bool {
         !path.exists()
+    }
+
+    #[test]
+    fn controllers_that_are_there_and_not_enabled_are_missing() {
+        assert_eq!(
+            missing_controllers("cpu memory pids\n", "cpu\n"),
+            ["+memory", "+pids"]
+        );
+        assert!(missing_controllers("cpu\n", "cpu\n").is_empty());
+        assert!(missing_controllers("", "").is_empty());
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub fn metrics(stats: &ContainerStatsResponse) -> v2::Metrics {
             nr_periods: stats.cpu.nr_periods,
             nr_throttled: stats.cpu.nr_throttled,
             throttled_usec: stats.cpu.throttled_usec,
+            nr_bursts: stats.cpu.nr_bursts,
+            burst_usec: stats.cpu.burst_usec,
             psi: pressure(stats.cpu_pressure.as_ref()),
             ..v2::CPUStat::default()
         }),
@@ -59,6 +61,17 @@ pub fn metrics(stats: &ContainerStatsResponse) -> v2::Metrics {
             psi: pressure(stats.io_pressure.as_ref()),
             ..v2::IOStat::default()
         }),
+        hugetlb: stats
+            .huge_pages
+            .iter()
+            .map(|pages| v2::HugeTlbStat {
+                current: pages.current,
+                max: pages.max,
+                pagesize: pages.page_size.clone(),
+                failcnt: pages.failures,
+                ..v2::HugeTlbStat::default()
+            })
+            .collect(),
         ..v2::Metrics::default()
     }
 }
@@ -105,6 +118,7 @@ fn memory(stats: &ContainerStatsResponse) -> v2::MemoryStat {
         usage_limit: memory.max,
         swap_usage: memory.swap_current,
         swap_limit: memory.swap_max,
+        swap_max_usage: memory.swap_peak,
         max_usage: memory.peak,
         psi: pressure(stats.memory_pressure.as_ref()),
         ..v2::MemoryStat::default()
@@ -148,6 +162,7 @@ fn pressure(pressure: Option<&Pressure>) -> MessageField<v2::PSIStats> {
 #[cfg(test)]
 mod tests {
     use protobuf::MessageFull as _;
+    use sandbox::container_stats_response::HugePages;
 
     use super::*;
 
@@ -170,6 +185,13 @@ mod tests {
         memory.events.insert("oom_kill".into(), 7);
         stats.cpu.mut_or_insert_default().usage_usec = 42;
         stats.pids.mut_or_insert_default().current = 3;
+        stats.huge_pages.push(HugePages {
+            page_size: "2MB".into(),
+            current: 5,
+            max: u64::MAX,
+            failures: 1,
+            ..Default::default()
+        });
         stats
             .memory_pressure
             .mut_or_insert_default()
@@ -185,6 +207,11 @@ mod tests {
         assert_eq!(metrics.memory_events.oom_kill, 7);
         assert_eq!(metrics.cpu.usage_usec, 42);
         assert_eq!(metrics.pids.current, 3);
+        let pages = &metrics.hugetlb[0];
+        assert_eq!(
+            (pages.pagesize.as_str(), pages.current, pages.failcnt),
+            ("2MB", 5, 1)
+        );
         assert!((metrics.memory.psi.some.avg10 - 1.5).abs() < f64::EPSILON);
         assert!(metrics.memory.psi.full.is_none());
         assert!(metrics.cpu.psi.is_none(), "absent pressure stays absent");

@@ -222,7 +222,17 @@ pub struct Resources {
     #[serde(deserialize_with = "nullable")]
     pub hugepage_limits: Vec<HugepageLimit>,
     #[serde(deserialize_with = "nullable")]
+    pub rdma: BTreeMap<String, Rdma>,
+    #[serde(deserialize_with = "nullable")]
     pub unified: BTreeMap<String, String>,
+}
+
+/// How much of an RDMA device may be used; absent is no limit.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Rdma {
+    pub hca_handles: Option<u32>,
+    pub hca_objects: Option<u32>,
 }
 
 /// One rule of the device allow list. An absent number means any.
@@ -258,10 +268,6 @@ pub struct Cpu {
     pub period: Option<u64>,
     pub realtime_runtime: Option<i64>,
     pub realtime_period: Option<u64>,
-    #[serde(deserialize_with = "nullable")]
-    pub cpus: String,
-    #[serde(deserialize_with = "nullable")]
-    pub mems: String,
     pub idle: Option<i64>,
 }
 

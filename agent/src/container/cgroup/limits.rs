@@ -67,6 +67,20 @@ pub fn settings(resources: &Resources) -> Result<Vec<Setting>, SpecError> {
             limit.limit,
         ));
     }
+    for (device, limit) in &resources.rdma {
+        if device.is_empty() || !device.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(SpecError::invalid(
+                "linux.resources.rdma",
+                format!("{device:?} is not the name of a device"),
+            ));
+        }
+        let most = |count: Option<u32>| count.map_or("max".into(), |count| count.to_string());
+        let (handles, objects) = (most(limit.hca_handles), most(limit.hca_objects));
+        settings.push(set(
+            "rdma.max",
+            format!("{device} hca_handle={handles} hca_object={objects}"),
+        ));
+    }
     for (file, value) in &resources.unified {
         if file.is_empty() || file.contains('/') || file.starts_with('.') || file.starts_with("cgroup.") {
             return Err(SpecError::invalid(
@@ -161,12 +175,8 @@ fn cpu_settings(cpu: &Cpu, settings: &mut Vec<Setting>) -> Result<(), SpecError>
     if let Some(burst @ 1..) = burst {
         settings.push(set("cpu.max.burst", burst));
     }
-    if !cpu.cpus.is_empty() {
-        settings.push(set("cpuset.cpus", &cpu.cpus));
-    }
-    if !cpu.mems.is_empty() {
-        settings.push(set("cpuset.mems", &cpu.mems));
-    }
+    // `cpus` and `mems` name the host's CPUs and memory nodes, not this guest's: nothing here is theirs. How many CPUs
+    // there are follows them on the host, where the VM is sized.
     Ok(())
 }
 
@@ -272,7 +282,6 @@ mod tests {
                 ("cpu.max.burst", "0"),
                 ("cpu.max", "1000 100000"),
                 ("cpu.max.burst", "500"),
-                ("cpuset.cpus", "0-1"),
             ])
         );
         assert!(
@@ -280,6 +289,31 @@ mod tests {
                 .unwrap_err()
                 .contains("realtimePeriod")
         );
+    }
+
+    #[test]
+    fn the_hosts_cpu_numbers_mean_nothing_here() {
+        assert_eq!(of(r#"{"cpu":{"cpus":"7-200","mems":"1"}}"#), pairs(&[]));
+    }
+
+    #[test]
+    fn rdma_limits_are_per_device() {
+        assert_eq!(
+            of(r#"{"rdma":{"mlx5_0":{"hcaHandles":3},"mlx5_1":{"hcaHandles":1,"hcaObjects":2}}}"#),
+            pairs(&[
+                ("rdma.max", "mlx5_0 hca_handle=3 hca_object=max"),
+                ("rdma.max", "mlx5_1 hca_handle=1 hca_object=2"),
+            ])
+        );
+        assert!(of(r#"{"rdma":{"a b":{}}}"#).is_err());
+    }
+
+    #[test]
+    fn what_cgroup_v2_does_not_have_is_passed_over_as_runc_does() {
+        let resources = r#"{"network":{"classID":1048577,"priorities":[{"name":"eth0","priority":5}]},
+            "memory":{"swappiness":60,"disableOOMKiller":false,"kernel":1,"kernelTCP":1,"useHierarchy":true},
+            "blockIO":{"leafWeight":10}}"#;
+        assert_eq!(of(resources), pairs(&[]));
     }
 
     #[test]

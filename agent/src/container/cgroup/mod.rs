@@ -162,6 +162,23 @@ impl Cgroup {
         })
     }
 
+    /// The sizes of huge pages that it has files for, as in their names.
+    #[must_use]
+    pub fn huge_page_sizes(&self) -> Vec<String> {
+        let mut sizes: Vec<String> = std::fs::read_dir(&self.path)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                let size = name.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
+                (!size.contains('.')).then(|| size.to_owned())
+            })
+            .collect();
+        sizes.sort();
+        sizes
+    }
+
     /// Kills every process in it and below.
     ///
     /// # Errors

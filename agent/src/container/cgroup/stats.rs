@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 
 use protocol::agent::ContainerStatsResponse;
-use protocol::agent::container_stats_response::{Cpu, IoDevice, Memory, Pids, Pressure, PressureLine};
+use protocol::agent::container_stats_response::{
+    Cpu, HugePages, IoDevice, Memory, Pids, Pressure, PressureLine,
+};
 
 use super::Cgroup;
 
@@ -21,6 +23,8 @@ pub fn read(cgroup: &Cgroup) -> ContainerStatsResponse {
             nr_periods: counter("nr_periods"),
             nr_throttled: counter("nr_throttled"),
             throttled_usec: counter("throttled_usec"),
+            nr_bursts: counter("nr_bursts"),
+            burst_usec: counter("burst_usec"),
             ..Default::default()
         })
         .into(),
@@ -30,6 +34,7 @@ pub fn read(cgroup: &Cgroup) -> ContainerStatsResponse {
             peak: number(&text("memory.peak")),
             swap_current: number(&text("memory.swap.current")),
             swap_max: number(&text("memory.swap.max")),
+            swap_peak: number(&text("memory.swap.peak")),
             stat: flat(&text("memory.stat")),
             events: flat(&text("memory.events")),
             ..Default::default()
@@ -45,6 +50,20 @@ pub fn read(cgroup: &Cgroup) -> ContainerStatsResponse {
         cpu_pressure: Some(pressure(&text("cpu.pressure"))).into(),
         memory_pressure: Some(pressure(&text("memory.pressure"))).into(),
         io_pressure: Some(pressure(&text("io.pressure"))).into(),
+        huge_pages: cgroup
+            .huge_page_sizes()
+            .into_iter()
+            .map(|size| HugePages {
+                current: number(&text(&format!("hugetlb.{size}.current"))),
+                max: number(&text(&format!("hugetlb.{size}.max"))),
+                failures: flat(&text(&format!("hugetlb.{size}.events")))
+                    .get("max")
+                    .copied()
+                    .unwrap_or(0),
+                page_size: size,
+                ..Default::default()
+            })
+            .collect(),
         ..Default::default()
     }
 }
