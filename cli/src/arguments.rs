@@ -141,10 +141,9 @@ pub struct ExecOptions {
 }
 
 #[derive(Debug, Args)]
-#[group(id = "limits", required = true, multiple = true, args = ["cpus", "memory"])]
 pub struct UpdateOptions {
     /// CPUs the container may use.
-    #[arg(long, value_parser = parse_cpus)]
+    #[arg(long, value_parser = parse_cpus, required_unless_present = "memory")]
     pub cpus: Option<f64>,
     /// Memory the container may use, with a suffix k, m or g.
     #[arg(short, long, value_parser = parse_size)]
