@@ -34,7 +34,7 @@ ACCELERATOR_VARIABLE = "KATA_RS_TEST_HOST_ACCEL"
 
 _KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 audit=0 mitigations=off nokaslr nowatchdog "
-    "random.trust_cpu=on cryptomgr.notests rdinit=/init"
+    "random.trust_cpu=on cryptomgr.notests apparmor=0 rdinit=/init"
 )
 # Under emulation the timer check fails at times, and the clock source is ours to trust.
 _KERNEL_ARGUMENTS_TCG = "no_timer_check tsc=reliable"
