@@ -1,7 +1,7 @@
 //! Whole pods through CRI, as a kubelet drives them (with crictl): five containers in one VM that share their network
 //! and a volume, restarts, probes, logs, statistics, port-forward; many of them at once; and nothing left behind.
 
-use kata_rs_tests::{BUSYBOX, LeakCheck, Outcome, sh, unique};
+use kata_rs_tests::{BUSYBOX, LeakCheck, Outcome, sh, sh_with_input, unique};
 use serde_json::{Value, json};
 
 const NGINX: &str = "localhost/nginx:1";
@@ -28,6 +28,50 @@ struct Container<'a> {
     volume: &'a str,
 }
 
+/// A name server of the node, at the address that the pods ask: it knows one name, as 127.0.0.1.
+struct NameServer(String);
+
+/// Where the pods' name server is. Any pod network leads here by its gateway.
+const NAME_SERVER: &str = "10.88.0.53";
+
+impl NameServer {
+    #[track_caller]
+    fn start(name: &str) -> Self {
+        let program = r#"
+import socket, sys
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind((sys.argv[1], 53))
+known = b"".join(bytes([len(label)]) + label.encode() for label in sys.argv[2].split(".")) + b"\0"
+while True:
+    query, client = server.recvfrom(512)
+    question = query[12:query.index(0, 12) + 5]
+    is_known, is_a = question[:-4] == known, question[-4:-2] == b"\0\1"
+    count = int(is_known and is_a)
+    # RFC 1035, section 4: authoritative; no error or no such name; an A record of 10 seconds.
+    flags = b"\x85\x80" if is_known else b"\x85\x83"
+    answer = b"\xc0\x0c\0\1\0\1\0\0\0\x0a\0\4" + bytes([127, 0, 0, 1])
+    server.sendto(query[:2] + flags + b"\0\1\0" + bytes([count]) + b"\0\0\0\0" + question + answer * count, client)
+"#;
+        let started = sh_with_input(
+            &format!(
+                "ip address add {NAME_SERVER}/32 dev lo && cat > /run/kata-rs-test-names.py && \
+                 {{ setsid python3 /run/kata-rs-test-names.py {NAME_SERVER} {name} >/dev/null 2>&1 & echo $!; }}"
+            ),
+            program.as_bytes(),
+        );
+        Self(started.ok().to_owned())
+    }
+}
+
+impl Drop for NameServer {
+    fn drop(&mut self) {
+        let _ = sh(&format!(
+            "kill {}; ip address del {NAME_SERVER}/32 dev lo",
+            self.0
+        ));
+    }
+}
+
 impl Pod {
     /// Starts a sandbox, with a name server of its own and room for little memory.
     #[track_caller]
@@ -38,7 +82,7 @@ impl Pod {
             "metadata": {"name": name, "namespace": "tests", "uid": name, "attempt": 0},
             "hostname": name,
             "log_directory": format!("{directory}/logs"),
-            "dns_config": {"servers": ["10.88.0.53"], "searches": ["tests.example"], "options": ["ndots:3"]},
+            "dns_config": {"servers": [NAME_SERVER], "searches": ["tests.example"], "options": ["ndots:3"]},
             "labels": {
                 "io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": "tests", "io.kubernetes.pod.uid": name
             },
@@ -194,10 +238,20 @@ fn five_containers_are_one_pod() {
         page(&client),
         format!("made by the init container of {}", pod.name)
     );
+    let names = NameServer::start("page.tests.example");
+    // By the search domain; both families are asked for, and the second has no address.
+    let named = exec(&client, "wget -qO- http://page/");
+    assert_eq!(named.ok(), page(&client));
+    assert_ne!(exec(&client, "wget -qO- http://nopage/").status, 0);
+    drop(names);
     assert_eq!(exec(&client, "cat /data/beat").ok(), "started");
     assert_eq!(exec(&client, "hostname").ok(), pod.name);
     let resolver = exec(&client, "cat /etc/resolv.conf");
-    for line in ["nameserver 10.88.0.53", "search tests.example", "options ndots:3"] {
+    for line in [
+        &*format!("nameserver {NAME_SERVER}"),
+        "search tests.example",
+        "options ndots:3",
+    ] {
         assert!(resolver.ok().lines().any(|l| l == line), "{resolver:#?}");
     }
 

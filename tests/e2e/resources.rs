@@ -1,6 +1,7 @@
 //! What a VM has of its host, and gives back: its size follows its containers' limits, both ways.
 
-use kata_rs_tests::{IMAGES, Outcome, sh, unique};
+use kata_rs_tests::{BUSYBOX, IMAGES, Outcome, sh, unique};
+use serde_json::json;
 
 /// A container of `kata-rs run` that is removed when the test ends.
 struct Sized(String);
@@ -144,4 +145,95 @@ fn limits_beyond_what_the_vm_can_have_are_refused_by_key() {
         "{memory:#?}"
     );
     assert_eq!(container.exec("cat /sys/fs/cgroup/memory.max").ok(), "268435456");
+}
+
+/// A pod of CRI with one container, of one CPU and 256 MiB.
+struct Pod {
+    name: String,
+    id: String,
+    container: String,
+}
+
+impl Pod {
+    #[track_caller]
+    fn start() -> Self {
+        let name = unique("size");
+        let resources =
+            json!({"cpu_period": 100_000, "cpu_quota": 100_000, "memory_limit_in_bytes": 256 << 20});
+        let pod = json!({
+            "metadata": {"name": name, "namespace": "tests", "uid": name, "attempt": 0},
+            "linux": {"cgroup_parent": format!("/kata-rs-tests/{name}"), "resources": resources}
+        });
+        let container = json!({
+            "metadata": {"name": "one", "attempt": 0},
+            "image": {"image": BUSYBOX},
+            "command": ["sleep", "100000"],
+            "linux": {"resources": resources}
+        });
+        let id = sh(&format!(
+            "echo '{pod}' > /tmp/{name}.json; crictl runp --runtime kata-rs /tmp/{name}.json"
+        ))
+        .ok()
+        .to_owned();
+        let mut pod = Self {
+            name,
+            id,
+            container: String::new(),
+        };
+        pod.container = sh(&format!(
+            "set -e; echo '{container}' > /tmp/{0}-one.json; \
+             id=$(crictl create {1} /tmp/{0}-one.json /tmp/{0}.json); crictl start $id",
+            pod.name, pod.id
+        ))
+        .ok()
+        .to_owned();
+        pod
+    }
+
+    /// Sets the container's limits as a kubelet does for `kubectl patch pod --subresource resize`; what is seen in it
+    /// then: CPUs, memory in MiB, and its cgroup's limits.
+    #[track_caller]
+    fn update(&self, cpus: u64, mib: u64) -> (u64, u64, String) {
+        let id = &self.container;
+        let outcome = sh(&format!(
+            "set -e; crictl update --cpu-period 100000 --cpu-quota {} --memory {} {id} >/dev/null; \
+             crictl exec --sync {id} sh -c \
+             'nproc; grep MemTotal /proc/meminfo | tr -dc 0-9; echo; cd /sys/fs/cgroup; cat cpu.max memory.max'",
+            cpus * 100_000,
+            mib << 20
+        ));
+        let mut lines = outcome.ok().lines();
+        let mut number = || {
+            lines
+                .next()
+                .and_then(|line| line.parse::<u64>().ok())
+                .expect("a number")
+        };
+        let (cpus, memory) = (number(), number() >> 10);
+        (cpus, memory, lines.collect::<Vec<_>>().join(" "))
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        let _ = sh(&format!(
+            "crictl rmp --force {} >/dev/null 2>&1; rm -f /tmp/{1}*.json; rmdir /sys/fs/cgroup/kata-rs-tests/{1} 2>/dev/null",
+            self.id, self.name
+        ));
+    }
+}
+
+#[test]
+fn a_pod_of_kubernetes_is_resized_in_place() {
+    let pod = Pod::start();
+    let (cpus, before, limits) = pod.update(1, 256);
+    assert_eq!((cpus, &*limits), (1, "100000 100000 268435456"));
+    let (cpus, grown, limits) = pod.update(2, 512);
+    assert_eq!((cpus, &*limits), (2, "200000 100000 536870912"));
+    assert!(
+        (256..=264).contains(&(grown - before)),
+        "{before} MiB became {grown} MiB"
+    );
+    let (cpus, after, limits) = pod.update(1, 256);
+    assert_eq!((cpus, after, &*limits), (1, before, "100000 100000 268435456"));
 }
