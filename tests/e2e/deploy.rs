@@ -444,9 +444,13 @@ fn the_debian_package_runs_containers_and_leaves_nothing() {
     let _ = place.sh("dpkg -P kata-rs 2>&1").ok();
     let after = place.sh(listing);
     let (before, after) = (lines(before.ok()), lines(after.ok()));
-    assert_eq!(after.difference(&before).collect::<Vec<_>>(), [""; 0], "left");
     assert_eq!(
-        before.difference(&after).collect::<Vec<_>>(),
+        after.difference(&before).copied().collect::<Vec<_>>(),
+        [""; 0],
+        "left"
+    );
+    assert_eq!(
+        before.difference(&after).copied().collect::<Vec<_>>(),
         [""; 0],
         "taken away"
     );
