@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
-use kata_rs_tests::{BUSYBOX, IMAGES, sh, sh_with_input, unique};
+use kata_rs_tests::{Aside, BUSYBOX, IMAGES, sh, sh_with_input, unique};
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
@@ -48,25 +48,6 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = sh(&format!("rm -rf {}", self.0));
-    }
-}
-
-/// A directory that the test must not find, and must not take away: it is back at the end.
-struct Aside(&'static str);
-
-impl Aside {
-    fn new(path: &'static str) -> Self {
-        let _ = sh(&format!("[ ! -e {path} ] || mv -T {path} {path}.aside")).ok();
-        Self(path)
-    }
-}
-
-impl Drop for Aside {
-    fn drop(&mut self) {
-        let _ = sh(&format!(
-            "[ ! -e {0}.aside ] || {{ rm -rf --one-file-system {0}; mv -T {0}.aside {0}; }}",
-            self.0
-        ));
     }
 }
 

@@ -1,7 +1,7 @@
 //! Whole pods through CRI, as a kubelet drives them (with crictl): five containers in one VM that share their network
 //! and a volume, restarts, probes, logs, statistics, port-forward; many of them at once; and nothing left behind.
 
-use kata_rs_tests::{BUSYBOX, LeakCheck, Outcome, sh, sh_with_input, unique};
+use kata_rs_tests::{BUSYBOX, LeakCheck, Outcome, sh, unique};
 use serde_json::{Value, json};
 
 const NGINX: &str = "localhost/nginx:1";
@@ -52,13 +52,10 @@ while True:
     answer = b"\xc0\x0c\0\1\0\1\0\0\0\x0a\0\4" + bytes([127, 0, 0, 1])
     server.sendto(query[:2] + flags + b"\0\1\0" + bytes([count]) + b"\0\0\0\0" + question + answer * count, client)
 "#;
-        let started = sh_with_input(
-            &format!(
-                "ip address add {NAME_SERVER}/32 dev lo && cat > /run/kata-rs-test-names.py && \
-                 {{ setsid python3 /run/kata-rs-test-names.py {NAME_SERVER} {name} >/dev/null 2>&1 & echo $!; }}"
-            ),
-            program.as_bytes(),
-        );
+        let started = sh(&format!(
+            "ip address add {NAME_SERVER}/32 dev lo && \
+             {{ setsid python3 -c '{program}' {NAME_SERVER} {name} >/dev/null 2>&1 & echo $!; }}"
+        ));
         Self(started.ok().to_owned())
     }
 }

@@ -115,6 +115,28 @@ pub fn ctr_run(options: &str, image: &str, id: &str, command: &str) -> Outcome {
     ))
 }
 
+/// A file or directory that a test must not find, and must not take away: it is back when this is dropped.
+pub struct Aside(&'static str);
+
+impl Aside {
+    /// Moves it out of the way, if it is there.
+    #[must_use]
+    #[track_caller]
+    pub fn new(path: &'static str) -> Self {
+        let _ = sh(&format!("[ ! -e {path} ] || mv -T {path} {path}.aside")).ok();
+        Self(path)
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        let _ = sh(&format!(
+            "rm -rf --one-file-system {0}; [ ! -e {0}.aside ] || mv -T {0}.aside {0}",
+            self.0
+        ));
+    }
+}
+
 /// A container that is removed, whatever state it is in, when the test ends.
 pub struct Container(String);
 
