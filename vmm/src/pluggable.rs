@@ -3,9 +3,12 @@
 //! All of it is address space from the start, so that devices know it, but nobody can write there: not the guest, to
 //! whom KVM shows nothing, and not a device on its behalf. It is opened in granules as the guest plugs blocks of it
 //! (`virtio::memory`) and closed again. A VM that never grows pays for one mapping.
+//!
+//! A device that wrote to a closed granule would end the process by a fault. So whoever has a pointer into the region has
+//! a [`Hold`] too, and what is held is not closed.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -30,9 +33,29 @@ pub struct Pluggable {
     range: Range,
     /// The memory blocks that the guest's kernel may have chosen.
     block: u64,
-    open: Box<[AtomicBool]>,
+    /// Of each granule: [`CLOSED`], or [`OPEN`] and one more for each hold on it.
+    granules: Box<[AtomicU32]>,
     vm: OnceLock<Kvm>,
 }
+
+const CLOSED: u32 = 0;
+const OPEN: u32 = 1;
+
+/// Memory that a device uses or will use: its granules stay open until this is dropped.
+pub struct Hold {
+    pluggable: Arc<Pluggable>,
+    granules: std::ops::RangeInclusive<usize>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.pluggable.release(self.granules.clone());
+    }
+}
+
+/// A range of guest memory that is not there: some of it lies in closed granules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Closed;
 
 struct Kvm {
     vm: Arc<VmFd>,
@@ -61,7 +84,7 @@ pub fn reserve(ram: &GuestMemory, mib: u32) -> Result<(GuestMemory, Arc<Pluggabl
     let pluggable = Pluggable {
         range,
         block,
-        open: (0..len / GRANULE).map(|_| AtomicBool::new(false)).collect(),
+        granules: (0..len / GRANULE).map(|_| AtomicU32::new(CLOSED)).collect(),
         vm: OnceLock::new(),
     };
     Ok((all, Arc::new(pluggable)))
@@ -86,21 +109,49 @@ impl Pluggable {
         let _ = self.vm.set(Kvm { vm, first_slot });
     }
 
-    /// Whether a device may use this range of guest memory: all but what lies in closed granules.
-    #[must_use]
-    pub fn allows(&self, address: u64, len: u64) -> bool {
-        let Some(last) = len.checked_sub(1).and_then(|more| address.checked_add(more)) else {
-            return true;
+    /// Keeps a range of guest memory as it is, for a device that has it in hand. `None` when none of it lies in the
+    /// region: boot memory is always there.
+    ///
+    /// # Errors
+    /// [`Closed`].
+    pub fn hold(self: &Arc<Self>, address: u64, len: u64) -> Result<Option<Hold>, Closed> {
+        let Some(granules) = self.granules(address, len) else {
+            return Ok(None);
         };
+        let (first, last) = (*granules.start(), *granules.end());
+        for index in granules.clone() {
+            let one_more = |state| (state != CLOSED).then(|| state + 1);
+            let held = self.granules[index].fetch_update(Ordering::Acquire, Ordering::Relaxed, one_more);
+            if held.is_err() {
+                if index > first {
+                    self.release(first..=index - 1);
+                }
+                return Err(Closed);
+            }
+        }
+        Ok(Some(Hold {
+            pluggable: self.clone(),
+            granules: first..=last,
+        }))
+    }
+
+    fn release(&self, granules: std::ops::RangeInclusive<usize>) {
+        for state in &self.granules[granules] {
+            // Whatever the holder has done to the memory happens before it is taken away.
+            state.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// The granules that a range of guest memory touches.
+    fn granules(&self, address: u64, len: u64) -> Option<std::ops::RangeInclusive<usize>> {
+        let last = address.saturating_add(len.checked_sub(1)?);
         let (start, end) = (self.range.guest, self.range.guest + self.range.len);
         if last < start || address >= end {
-            return true;
+            return None;
         }
         let first = (address.max(start) - start) / GRANULE;
         let last = (last.min(end - 1) - start) / GRANULE;
-        self.open[first as usize..=last as usize]
-            .iter()
-            .all(|open| open.load(Ordering::Acquire))
+        Some(first as usize..=last as usize)
     }
 
     /// Makes a granule memory that guest and devices can use.
@@ -110,19 +161,27 @@ impl Pluggable {
     pub fn open(&self, granule: usize) -> io::Result<()> {
         self.protect(granule, MprotectFlags::READ | MprotectFlags::WRITE)?;
         self.show(granule, GRANULE)?;
-        self.open[granule].store(true, Ordering::Release);
+        self.granules[granule].store(OPEN, Ordering::Release);
         Ok(())
     }
 
-    /// Takes a granule away from guest and devices, with what is in it.
+    /// Takes a granule away from guest and devices, with what is in it. False when a device holds some of it: then it
+    /// stays as it is.
     ///
     /// # Errors
-    /// What KVM or the host's kernel refuse; the granule is then still open, or at least closed to devices.
-    pub fn close(&self, granule: usize) -> io::Result<()> {
-        self.open[granule].store(false, Ordering::Release);
+    /// What KVM or the host's kernel refuse; the granule is closed to devices then.
+    pub fn close(&self, granule: usize) -> io::Result<bool> {
+        let state = &self.granules[granule];
+        if state
+            .compare_exchange(OPEN, CLOSED, Ordering::Acquire, Ordering::Relaxed)
+            .is_err_and(|found| found != CLOSED)
+        {
+            return Ok(false);
+        }
         self.show(granule, 0)?;
         self.discard(granule as u64 * GRANULE, GRANULE)?;
-        self.protect(granule, MprotectFlags::READ)
+        self.protect(granule, MprotectFlags::READ)?;
+        Ok(true)
     }
 
     /// Gives the pages of a part back to the host. `offset` is from the region's start.
@@ -139,9 +198,9 @@ impl Pluggable {
     /// The granules that are open.
     #[must_use]
     pub fn opened(&self) -> Vec<Range> {
-        let opened = self.open.iter().enumerate();
-        opened
-            .filter(|(_, open)| open.load(Ordering::Acquire))
+        let granules = self.granules.iter().enumerate();
+        granules
+            .filter(|(_, state)| state.load(Ordering::Acquire) != CLOSED)
             .map(|(granule, _)| Range {
                 guest: self.range.guest + granule as u64 * GRANULE,
                 host: self.range.host + granule as u64 * GRANULE,
@@ -159,8 +218,8 @@ impl Pluggable {
 
     fn protect(&self, granule: usize, flags: MprotectFlags) -> io::Result<()> {
         let start = self.host(granule as u64 * GRANULE, GRANULE)?;
-        // SAFETY: the range is part of the region's mapping. Who writes to it while it is read-only gets a fault,
-        // never other memory.
+        // SAFETY: the range is part of the region's mapping, and nobody holds it when it becomes read-only. A write all
+        // the same would be a fault, never reach other memory.
         Ok(unsafe { rustix::mm::mprotect(start, GRANULE as usize, flags) }?)
     }
 
@@ -228,26 +287,52 @@ mod tests {
         let ram = memory::allocate(64).unwrap();
         let (all, pluggable) = reserve(&ram, 384).unwrap();
         let start = pluggable.range().guest;
-        assert!(pluggable.allows(0, 64 << 20), "boot memory is always there");
-        assert!(!pluggable.allows(start, 1));
-        assert!(pluggable.allows(start, 0));
+        let absent = |address, len| pluggable.hold(address, len).is_err();
+        assert!(
+            matches!(pluggable.hold(0, 64 << 20), Ok(None)),
+            "boot memory is always there"
+        );
+        assert!(absent(start, 1));
+        assert!(!absent(start, 0));
         pluggable.open(1).unwrap();
-        assert!(pluggable.allows(start + GRANULE, GRANULE));
-        assert!(!pluggable.allows(start + GRANULE, GRANULE + 1));
-        assert!(!pluggable.allows(start + GRANULE - 1, 2));
-        assert!(!pluggable.allows(start + 3 * GRANULE - 1, u64::MAX / 2));
+        assert!(!absent(start + GRANULE, GRANULE));
+        assert!(absent(start + GRANULE, GRANULE + 1));
+        assert!(absent(start + GRANULE - 1, 2));
+        assert!(absent(start + 3 * GRANULE - 1, u64::MAX / 2));
+        assert!(absent(start + GRANULE, u64::MAX));
         assert_eq!(pluggable.opened().len(), 1);
 
         let inside = GuestAddress(start + GRANULE + 4096);
         all.write_obj(7_u8, inside).unwrap();
-        pluggable.close(1).unwrap();
-        assert!(!pluggable.allows(start + GRANULE, 1));
+        assert!(pluggable.close(1).unwrap());
+        assert!(absent(start + GRANULE, 1));
         assert_eq!(all.read_obj::<u8>(inside).unwrap(), 0, "what was there is gone");
         pluggable.open(1).unwrap();
         all.write_obj(8_u8, inside).unwrap();
         pluggable.discard(GRANULE, 2 << 20).unwrap();
         assert_eq!(all.read_obj::<u8>(inside).unwrap(), 0);
         assert!(pluggable.discard(2 * GRANULE, GRANULE + 1).is_err());
+    }
+
+    #[test]
+    fn what_a_device_holds_is_not_closed() {
+        let ram = memory::allocate(64).unwrap();
+        let (all, pluggable) = reserve(&ram, 256).unwrap();
+        let start = pluggable.range().guest;
+        pluggable.open(0).unwrap();
+        let first = pluggable.hold(start + 4096, 1).unwrap();
+        let second = pluggable.hold(start, GRANULE).unwrap();
+        assert!(
+            pluggable.hold(start, GRANULE + 1).is_err(),
+            "half of it is closed"
+        );
+        drop(first);
+        assert!(!pluggable.close(0).unwrap());
+        all.write_obj(7_u8, GuestAddress(start)).unwrap();
+        assert_eq!(all.read_obj::<u8>(GuestAddress(start)).unwrap(), 7);
+        drop(second);
+        assert!(pluggable.close(0).unwrap());
+        assert!(pluggable.close(0).unwrap(), "closed already");
     }
 
     #[test]

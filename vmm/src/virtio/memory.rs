@@ -2,7 +2,8 @@
 //! to have.
 //!
 //! The device says how much; which blocks is the guest's choice, within the part of the region that is usable. A guest
-//! can never plug more than it is asked to have, and what it unplugs goes back to the host at once. What lies where is
+//! can never plug more than it is asked to have, and what it unplugs goes back to the host at once, unless another
+//! device is still using it: the answer is then `VIRTIO_MEM_RESP_BUSY`. What lies where is
 //! [`pluggable`](crate::pluggable)'s business.
 //!
 //! `VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE` is a condition, not an offer: unplugged memory is not there, for the guest or
@@ -382,9 +383,9 @@ impl Shared {
                 let first = word as u64 * PER_GRANULE + u64::from(mask.trailing_zeros());
                 self.region
                     .discard(first * BLOCK, u64::from(mask.count_ones()) * BLOCK)
+                    .map(|()| true)
             };
-            if let Err(error) = result {
-                eprintln!("kata-rs-vmm: memory that the guest unplugged cannot be given back: {error}");
+            if !given_back(result) {
                 return Response::Busy;
             }
             inner.state.plugged[word] = left;
@@ -400,8 +401,7 @@ impl Shared {
             if plugged == 0 {
                 continue;
             }
-            if let Err(error) = self.region.close(word) {
-                eprintln!("kata-rs-vmm: memory that the guest unplugged cannot be given back: {error}");
+            if !given_back(self.region.close(word)) {
                 return Response::Busy;
             }
             inner.state.plugged[word] = 0;
@@ -416,6 +416,14 @@ impl Shared {
         }
         Response::Ack
     }
+}
+
+/// Whether memory has gone back to the host; false while a device holds it.
+fn given_back(result: std::io::Result<bool>) -> bool {
+    result.unwrap_or_else(|error| {
+        eprintln!("kata-rs-vmm: memory that the guest unplugged cannot be given back: {error}");
+        false
+    })
 }
 
 #[cfg(test)]

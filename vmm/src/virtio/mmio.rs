@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{Activation, ActiveQueue, Device, Interrupt};
 use crate::bus::MmioDevice;
 use crate::memory::GuestMemory;
-use crate::pluggable::Pluggable;
+use crate::pluggable::{Hold, Pluggable};
 
 /// Registers (section 4.2.2). Those with `_LOW` have their upper half four bytes further.
 pub mod register {
@@ -388,7 +388,7 @@ impl Inner {
         match offset {
             register::QUEUE_SIZE => queue.size = value,
             register::QUEUE_READY if value == 1 => {
-                if queue.checked(&self.memory, self.pluggable.as_deref()).is_none() {
+                if queue.checked(&self.memory, self.pluggable.as_ref()).is_none() {
                     return false;
                 }
                 queue.ready = true;
@@ -416,10 +416,11 @@ impl Inner {
             .iter()
             .zip(notify)
             .map(|(setup, event)| {
-                let mut queue = setup.checked(&self.memory, self.pluggable.as_deref())?;
+                let (mut queue, rings) = setup.checked(&self.memory, self.pluggable.as_ref())?;
                 queue.set_event_idx(self.driver_features & EVENT_IDX != 0);
                 Some(ActiveQueue {
                     queue,
+                    rings,
                     notify: event.try_clone().ok()?,
                 })
             })
@@ -441,8 +442,13 @@ impl Inner {
 const EVENT_IDX: u64 = 1 << 29;
 
 impl QueueSetup {
-    /// The queue, if size, alignment (section 2.7) and addresses are such that the device may use it.
-    fn checked(&self, memory: &GuestMemory, pluggable: Option<&Pluggable>) -> Option<Queue> {
+    /// The queue, if size, alignment (section 2.7) and addresses are such that the device may use it, with what keeps
+    /// its rings where they are.
+    fn checked(
+        &self,
+        memory: &GuestMemory,
+        pluggable: Option<&Arc<Pluggable>>,
+    ) -> Option<(Queue, Vec<Hold>)> {
         let size = u16::try_from(self.size).ok()?;
         let bytes = u64::from(size);
         // Descriptors of 16 bytes; flags, index, 2-byte entries and event; flags, index, 8-byte entries and event.
@@ -451,13 +457,14 @@ impl QueueSetup {
             (self.driver, 6 + 2 * bytes),
             (self.device, 6 + 8 * bytes),
         ];
-        let outside = |&(start, len): &(u64, u64)| {
-            start.checked_add(len).is_none()
-                || !memory.check_range(GuestAddress(start), len as usize)
-                || pluggable.is_some_and(|pluggable| !pluggable.allows(start, len))
-        };
-        if areas.iter().any(outside) {
-            return None;
+        let mut rings = Vec::new();
+        for (start, len) in areas {
+            if start.checked_add(len).is_none() || !memory.check_range(GuestAddress(start), len as usize) {
+                return None;
+            }
+            if let Some(pluggable) = pluggable {
+                rings.extend(pluggable.hold(start, len).ok()?);
+            }
         }
         let mut queue = Queue::new(self.max_size).ok()?;
         queue.try_set_size(size).ok()?;
@@ -467,7 +474,7 @@ impl QueueSetup {
         queue.try_set_avail_ring_address(GuestAddress(self.driver)).ok()?;
         queue.try_set_used_ring_address(GuestAddress(self.device)).ok()?;
         queue.set_ready(true);
-        queue.is_valid(memory).then_some(queue)
+        queue.is_valid(memory).then_some((queue, rings))
     }
 }
 

@@ -27,7 +27,7 @@ use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
-use crate::pluggable::Pluggable;
+use crate::pluggable::{Hold, Pluggable};
 
 /// Device types by number (specification section 5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +112,8 @@ pub struct Activation {
 pub struct ActiveQueue {
     /// The split virtqueue.
     pub queue: Queue,
+    /// What keeps its rings where they are.
+    pub rings: Vec<Hold>,
     /// Signalled by KVM (ioeventfd) when the driver writes `QueueNotify` for this queue.
     pub notify: EventFd,
 }

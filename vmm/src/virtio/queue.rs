@@ -6,6 +6,7 @@
 //! Ring arithmetic is virtio-queue's, but for chains that are given back together and the interrupt after them;
 //! what requests mean is the devices'.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
@@ -15,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{ActivateError, Activation, ActiveQueue, Interrupt};
 use crate::memory::GuestMemory;
-use crate::pluggable::Pluggable;
+use crate::pluggable::{Hold, Pluggable};
 
 /// The most buffers in one chain: what one readv(2) takes (`IOV_MAX`).
 pub const MAX_SEGMENTS: usize = 1024;
@@ -40,9 +41,12 @@ pub enum QueueError {
     /// The used ring cannot be written.
     #[error("the used ring is broken: {0}")]
     Used(virtio_queue::Error),
-    /// The used ring lies in memory that the driver has unplugged meanwhile.
-    #[error("the used ring lies in memory that was unplugged")]
-    Unplugged,
+    /// The device still has the chain: it cannot be two requests.
+    #[error("chain {head} is available again before it was used")]
+    Again {
+        /// Index of the chain's first descriptor.
+        head: u16,
+    },
     /// A descriptor lies outside its table, the chain loops, or an indirect table is malformed.
     #[error("chain {head} does not end: bad index, loop, or bad indirect table")]
     Unterminated {
@@ -212,7 +216,7 @@ impl Chain {
             offset,
             bytes.len(),
             |address, length| {
-                // The range was checked when the chain was taken, and memory is never unmapped while a device runs.
+                // The range was checked when the chain was taken, and is held until it is given back.
                 let _ = memory.write_slice(&bytes[done..done + length], address);
                 done += length;
             },
@@ -247,13 +251,15 @@ impl Chain {
         iovecs(memory, &self.writable, self.writable_length, offset, length, into)
     }
 
-    /// Takes a copy of the chain that begins at `descriptors`' head, and checks it.
+    /// Takes a copy of the chain that begins at `descriptors`' head, and checks it. What it returns keeps the buffers
+    /// where they are.
     fn fill(
         &mut self,
         memory: &GuestMemory,
-        pluggable: Option<&Pluggable>,
+        pluggable: Option<&Arc<Pluggable>>,
         mut descriptors: virtio_queue::DescriptorChain<&GuestMemory>,
-    ) -> Result<(), QueueError> {
+    ) -> Result<Vec<Hold>, QueueError> {
+        let mut holds = Vec::new();
         let head = descriptors.head_index();
         self.head = head;
         self.readable.clear();
@@ -277,19 +283,17 @@ impl Chain {
             if segment.length == 0 {
                 continue;
             }
-            let absent =
-                |pluggable: &Pluggable| !pluggable.allows(segment.address.0, u64::from(segment.length));
-            if memory
-                .get_slice(segment.address, segment.length as usize)
-                .is_err()
-                || pluggable.is_some_and(absent)
-            {
-                let (address, length) = (segment.address.0, segment.length);
-                return Err(QueueError::OutOfMemory {
-                    head,
-                    address,
-                    length,
-                });
+            let (address, length) = (segment.address.0, segment.length);
+            let outside = QueueError::OutOfMemory {
+                head,
+                address,
+                length,
+            };
+            if memory.get_slice(segment.address, length as usize).is_err() {
+                return Err(outside);
+            }
+            if let Some(pluggable) = pluggable {
+                holds.extend(pluggable.hold(address, length.into()).map_err(|_| outside)?);
             }
             if descriptor.is_write_only() {
                 self.writable.push(segment);
@@ -304,7 +308,7 @@ impl Chain {
         if unterminated {
             Err(QueueError::Unterminated { head })
         } else {
-            Ok(())
+            Ok(holds)
         }
     }
 }
@@ -388,9 +392,14 @@ pub struct DeviceQueue {
     queue: Queue,
     notify: EventFd,
     memory: GuestMemory,
-    pluggable: Option<std::sync::Arc<Pluggable>>,
+    pluggable: Option<Arc<Pluggable>>,
+    _rings: Vec<Hold>,
+    /// Of the chains that the device has, by head: what keeps their buffers where they are.
+    taken: Box<[Option<Vec<Hold>>]>,
+    /// Head of the chain that was taken last.
+    last: u16,
     interrupt: Interrupt,
-    violations: std::sync::Arc<Violations>,
+    violations: Arc<Violations>,
     stopped: bool,
     /// Chains given back since the driver was last interrupted, or need not have been.
     unannounced: u16,
@@ -404,7 +413,7 @@ impl DeviceQueue {
     pub fn take<const N: usize>(
         activation: Activation,
         device: &'static str,
-        violations: &std::sync::Arc<Violations>,
+        violations: &Arc<Violations>,
     ) -> Result<[Self; N], ActivateError> {
         let queues = Self::take_all(activation, device, violations);
         let found = queues.len();
@@ -415,29 +424,30 @@ impl DeviceQueue {
 
     /// Takes the queues of an activation, however many there are.
     #[must_use]
-    pub fn take_all(
-        activation: Activation,
-        device: &'static str,
-        violations: &std::sync::Arc<Violations>,
-    ) -> Vec<Self> {
+    pub fn take_all(activation: Activation, device: &'static str, violations: &Arc<Violations>) -> Vec<Self> {
         let event_idx = activation.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        let queues = activation
-            .queues
-            .into_iter()
-            .map(|ActiveQueue { mut queue, notify }| {
-                queue.set_event_idx(event_idx);
-                Self {
-                    device,
-                    queue,
-                    notify,
-                    memory: activation.memory.clone(),
-                    pluggable: activation.pluggable.clone(),
-                    interrupt: activation.interrupt.clone(),
-                    violations: violations.clone(),
-                    stopped: false,
-                    unannounced: 0,
-                }
-            });
+        let queues = activation.queues.into_iter().map(|active| {
+            let ActiveQueue {
+                mut queue,
+                rings,
+                notify,
+            } = active;
+            queue.set_event_idx(event_idx);
+            Self {
+                device,
+                _rings: rings,
+                taken: (0..queue.size()).map(|_| None).collect(),
+                last: 0,
+                queue,
+                notify,
+                memory: activation.memory.clone(),
+                pluggable: activation.pluggable.clone(),
+                interrupt: activation.interrupt.clone(),
+                violations: violations.clone(),
+                stopped: false,
+                unannounced: 0,
+            }
+        });
         queues.collect()
     }
 
@@ -474,17 +484,34 @@ impl DeviceQueue {
             Ok(mut available) => available.next(),
             Err(error) => return self.stop(&QueueError::Available(error)),
         };
-        let filled = next.map(|descriptors| chain.fill(&self.memory, self.pluggable.as_deref(), descriptors));
-        match filled {
-            None => false,
-            Some(Ok(())) => true,
-            Some(Err(error)) => self.stop(&error),
+        let filled = next.map(|descriptors| chain.fill(&self.memory, self.pluggable.as_ref(), descriptors));
+        let holds = match filled {
+            None => return false,
+            Some(Ok(holds)) => holds,
+            Some(Err(error)) => return self.stop(&error),
+        };
+        let head = chain.head;
+        match self.taken.get_mut(usize::from(head)) {
+            Some(place @ None) => {
+                *place = Some(holds);
+                self.last = head;
+                true
+            }
+            _ => self.stop(&QueueError::Again { head }),
         }
     }
 
     /// Undoes the last [`Self::pop`]: the chain is available again.
     pub fn unpop(&mut self) {
+        self.release(self.last);
         self.queue.go_to_previous_position();
+    }
+
+    /// Lets go of a chain's buffers.
+    fn release(&mut self, head: u16) {
+        if let Some(holds) = self.taken.get_mut(usize::from(head)) {
+            *holds = None;
+        }
     }
 
     /// Gives the chain that begins at `head` back to the driver, with `written` bytes in its writable buffers.
@@ -498,7 +525,11 @@ impl DeviceQueue {
         let Some((&(last, last_written), others)) = used.split_last() else {
             return;
         };
-        if self.stopped || !self.has_used_ring() {
+        // Before the driver can see that it has them back: it may unplug the memory then.
+        for &(head, _) in used {
+            self.release(head);
+        }
+        if self.stopped {
             return;
         }
         let first = self.queue.next_used();
@@ -559,27 +590,13 @@ impl DeviceQueue {
 
     /// Asks to be notified of the next available chain. True when one is there already: pop again.
     pub fn rearm(&mut self) -> bool {
-        if self.stopped || !self.has_used_ring() {
+        if self.stopped {
             return false;
         }
         match self.queue.enable_notification(&self.memory) {
             Ok(more) => more,
             Err(error) => self.stop(&QueueError::Available(error)),
         }
-    }
-
-    /// Whether a device may still write to this range of guest memory: the driver may have unplugged it since its chain
-    /// was checked.
-    #[must_use]
-    pub fn may_write(&self, address: GuestAddress, length: u64) -> bool {
-        let allows = |pluggable: &std::sync::Arc<Pluggable>| pluggable.allows(address.0, length);
-        self.pluggable.as_ref().is_none_or(allows)
-    }
-
-    /// The same of the ring that the device writes; the queue is stopped if not.
-    fn has_used_ring(&mut self) -> bool {
-        let length = 6 + 8 * u64::from(self.queue.size());
-        self.may_write(GuestAddress(self.queue.used_ring()), length) || self.stop(&QueueError::Unplugged)
     }
 
     /// Counts a request that made no sense to the device.
@@ -606,7 +623,7 @@ mod tests {
     use crate::virtio::test_driver::{Buffer, Descriptor, Driver, INDIRECT, NEXT, WRITE};
 
     fn queue(driver: &mut Driver) -> DeviceQueue {
-        let violations = std::sync::Arc::default();
+        let violations = Arc::default();
         let [queue] = DeviceQueue::take(
             driver.activation(1 << VIRTIO_RING_F_EVENT_IDX),
             "test",
@@ -724,8 +741,7 @@ mod tests {
     #[test]
     fn a_driver_without_event_indices_suppresses_interrupts_by_flag() {
         let mut driver = Driver::new(&[16]);
-        let [mut queue] =
-            DeviceQueue::take(driver.activation(0), "test", &std::sync::Arc::default()).unwrap();
+        let [mut queue] = DeviceQueue::take(driver.activation(0), "test", &Arc::default()).unwrap();
         let flags = GuestAddress(queue.queue.avail_ring());
         let mut chain = Chain::default();
         for (flag, expected) in [(0_u16, true), (1, false), (0, true)] {
@@ -772,26 +788,51 @@ mod tests {
     }
 
     #[test]
-    fn rings_in_memory_that_is_unplugged_under_them_stop_the_queue() {
-        for push in [true, false] {
-            let mut driver = Driver::new(&[16]);
-            let (memory, pluggable) = crate::pluggable::reserve(&driver.memory, 128).unwrap();
-            pluggable.open(0).unwrap();
-            driver.memory = memory;
-            driver.pluggable = Some(pluggable.clone());
-            driver.move_rings(0, pluggable.range().guest);
-            let mut queue = queue(&mut driver);
-            driver.submit(0, &[Buffer::In(8)]);
-            let mut chain = Chain::default();
-            assert!(queue.pop(&mut chain) && !queue.rearm());
-            pluggable.close(0).unwrap();
-            if push {
-                queue.push(chain.head(), 8);
-            } else {
-                assert!(!queue.rearm());
-            }
-            assert!(queue.is_stopped());
-        }
+    fn memory_that_a_device_has_in_hand_stays() {
+        let mut driver = Driver::new(&[16]);
+        let (memory, pluggable) = crate::pluggable::reserve(&driver.memory, 256).unwrap();
+        pluggable.open(0).unwrap();
+        pluggable.open(1).unwrap();
+        driver.memory = memory;
+        driver.pluggable = Some(pluggable.clone());
+        let start = pluggable.range().guest;
+        driver.move_rings(0, start);
+        let mut queue = queue(&mut driver);
+        let buffer = Descriptor {
+            address: start + crate::pluggable::GRANULE,
+            length: 4096,
+            flags: WRITE,
+            next: 0,
+        };
+        driver.write_descriptors(0, &[buffer]);
+        let mut chain = Chain::default();
+        let offer_and_take = |driver: &mut Driver, queue: &mut DeviceQueue, chain: &mut Chain| {
+            driver.offer(0, 0);
+            assert!(queue.pop(chain));
+            assert!(!pluggable.close(1).unwrap(), "the chain's buffer");
+            chain.write(queue.memory(), 0, &[1; 4096]).unwrap();
+        };
+        offer_and_take(&mut driver, &mut queue, &mut chain);
+        queue.push(chain.head(), 4096);
+        assert!(pluggable.close(1).unwrap());
+        pluggable.open(1).unwrap();
+        offer_and_take(&mut driver, &mut queue, &mut chain);
+        queue.unpop();
+        assert!(pluggable.close(1).unwrap());
+        assert!(!pluggable.close(0).unwrap(), "the rings");
+        drop(queue);
+        assert!(pluggable.close(0).unwrap());
+    }
+
+    #[test]
+    fn a_chain_that_the_device_has_cannot_be_offered_again() {
+        let mut driver = Driver::new(&[16]);
+        let mut queue = queue(&mut driver);
+        let id = driver.submit(0, &[Buffer::Out(b"x")]);
+        driver.offer(0, id);
+        assert!(queue.pop(&mut Chain::default()));
+        assert!(!queue.pop(&mut Chain::default()));
+        assert!(queue.is_stopped());
     }
 
     #[test]
@@ -951,7 +992,7 @@ mod tests {
     #[test]
     fn another_number_of_queues_is_refused() {
         let mut driver = Driver::new(&[16, 16]);
-        let error = DeviceQueue::take::<1>(driver.activation(0), "test", &std::sync::Arc::default())
+        let error = DeviceQueue::take::<1>(driver.activation(0), "test", &Arc::default())
             .err()
             .unwrap();
         assert!(

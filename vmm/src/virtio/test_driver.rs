@@ -119,8 +119,16 @@ impl Driver {
             queue.set_used_ring_address(low, high);
             queue.set_ready(true);
             assert!(queue.is_valid(&self.memory));
+            let areas = [
+                (table, available - table),
+                (available, used - available),
+                (used, 6 + 8 * u64::from(ring.size)),
+            ];
+            let hold =
+                |pluggable: &Arc<Pluggable>| areas.map(|(start, len)| pluggable.hold(start, len).unwrap());
             ActiveQueue {
                 queue,
+                rings: self.pluggable.iter().flat_map(hold).flatten().collect(),
                 notify: ring.notify.try_clone().unwrap(),
             }
         };

@@ -4,7 +4,7 @@ use vm_memory::Bytes;
 
 use super::QUEUE_SIZE;
 use crate::memory::GuestMemory;
-use crate::virtio::queue::{Chain, DeviceQueue, TooShort};
+use crate::virtio::queue::{Chain, TooShort};
 
 /// The unit of all sector numbers (section 5.2.6), whatever the block size.
 pub const SECTOR: u64 = 512;
@@ -162,13 +162,11 @@ fn ranges(
 }
 
 /// Puts the status into the chain's last byte.
-pub fn put_status(queue: &DeviceQueue, chain: &Chain, status: Status) {
+pub fn put_status(memory: &GuestMemory, chain: &Chain, status: Status) {
     if let Some(last) = chain.writable().last() {
         let address = vm_memory::GuestAddress(last.address.0 + u64::from(last.length) - 1);
-        // The address was checked when the chain was taken, but the transfer may have been long.
-        if queue.may_write(address, 1) {
-            let _ = queue.memory().write_obj(status as u8, address);
-        }
+        // The range was checked when the chain was taken, and is held until it is given back.
+        let _ = memory.write_obj(status as u8, address);
     }
 }
 

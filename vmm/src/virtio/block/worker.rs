@@ -327,7 +327,7 @@ impl Server {
         if status == Status::IoError {
             self.common.counters.errors.add(0);
         }
-        request::put_status(&self.queue, &self.flying[token].chain, status);
+        request::put_status(self.queue.memory(), &self.flying[token].chain, status);
         if status == Status::Ok { data + 1 } else { 1 }
     }
 

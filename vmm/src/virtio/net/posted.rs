@@ -155,10 +155,8 @@ impl Posted {
         if let Some(addresses) = header {
             let count = (used.len() as u16).to_le_bytes();
             for (byte, address) in count.iter().zip(addresses) {
-                // The address was checked when the chain was taken, but that may be long ago.
-                if queue.may_write(address, 1) {
-                    let _ = queue.memory().write_obj(*byte, address);
-                }
+                // The address was checked when the chain was taken, and is held until it is given back.
+                let _ = queue.memory().write_obj(*byte, address);
             }
         }
     }
@@ -175,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_in_memory_that_was_unplugged_since_is_not_written() {
+    fn memory_under_a_posted_buffer_stays_until_a_frame_has_filled_it() {
         let mut driver = Driver::new(&[16]);
         let (memory, pluggable) = crate::pluggable::reserve(&driver.memory, 128).unwrap();
         pluggable.open(0).unwrap();
@@ -198,11 +196,15 @@ mod tests {
         let mut posted = Posted::new(true);
         posted.fill(&mut queue, &mut Chain::default());
         assert!(!posted.is_empty());
-        pluggable.close(0).unwrap();
+        assert!(!pluggable.close(0).unwrap());
         let mut used = Vec::new();
         posted.take(&queue, 100, &mut used);
         assert_eq!(used, [(0, 100)]);
         assert!(posted.is_empty() && posted.pieces.as_slice().is_empty());
+        let header = GuestAddress(pluggable.range().guest);
+        assert_eq!(driver.memory.read_obj::<u16>(header).unwrap(), 1);
+        queue.push_all(&used);
+        assert!(pluggable.close(0).unwrap());
     }
 
     #[test]
@@ -244,9 +246,9 @@ mod tests {
             ..pieces[599]
         };
         driver.write_table(table + 599 * 16, &[end]);
-        driver.write_descriptors(0, &[chain_of(600)]);
+        driver.write_descriptors(0, &[chain_of(600); 2]);
         driver.offer(0, 0);
-        driver.offer(0, 0);
+        driver.offer(0, 1);
         posted.fill(&mut queue, &mut Chain::default());
         assert!(posted.full && posted.has_enough());
         assert_eq!((posted.buffers.len(), posted.length), (1, 600));
