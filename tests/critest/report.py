@@ -42,6 +42,16 @@ def table(head, rows):
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]) + "\n\n"
 
 
+def differing(run):
+    """Specs that did not do the same in each whole run, with what they did, the last one at the end."""
+    found = {}
+    for spec in run["specs"]:
+        states = [states[spec["spec"]] for states in run.get("before", []) if spec["spec"] in states] + [spec["state"]]
+        if len(set(states)) > 1:
+            found[spec["spec"]] = states
+    return found
+
+
 def summary(runs):
     rows = []
     for run in runs:
@@ -50,8 +60,10 @@ def summary(runs):
         left = "not looked" if run["left"] is None else "nothing" if not run["left"] else cell("; ".join(run["left"][:5]))
         origins = sorted({f"{s['commit']}, {s['date']}" for s in run["specs"]})
         minutes = round(sum(s["seconds"] for s in run["specs"]) / 60)
-        rows.append([title(run), f"**{count['passed']} of {ran}**", str(count["skipped"]), str(SPECS - len(run["specs"])), left, f"{minutes} min", "; ".join(origins)])
-    return table(["run", "passed of those that ran", "skipped", "not run yet", "left behind at the end", "took", "commit"], rows)
+        times, unsteady = 1 + len(run.get("before", [])), len(differing(run))
+        steady = "–" if times == 1 else f"{times}: " + (f"{unsteady} differed" if unsteady else "the same")
+        rows.append([title(run), f"**{count['passed']} of {ran}**", str(count["skipped"]), str(SPECS - len(run["specs"])), steady, left, f"{minutes} min", "; ".join(origins)])
+    return table(["run", "passed of those that ran", "skipped", "not run yet", "whole runs", "left behind at the end", "took", "commit"], rows)
 
 
 def groups(runs):
@@ -93,6 +105,9 @@ def page(runs):
         text += table(["spec", "with", "why"], [[cell(spec), ("all runs" if len(where) == len(runs) else cell("; ".join(where))), cell(why)] for (spec, why), where in sorted(failures.items())])
     else:
         text += "Nothing.\n\n"
+    unsteady = [[cell(spec), title(run), ", ".join(states)] for run in runs for spec, states in differing(run).items()]
+    if unsteady:
+        text += "## What differed between runs\n\n" + table(["spec", "with", "in each run, the last one at the end"], unsteady)
     text += "## What was skipped\n\nBy the suite itself, with these words:\n\n"
     text += table(["the suite's words", "specs"], [[cell(message), cell("; ".join(sorted(specs)))] for message, specs in sorted(skips.items())])
     return text.rstrip() + "\n", unexplained
