@@ -15,7 +15,7 @@ macro_rules! numbers {
 numbers! {
     /// Kinds of messages.
     u16 {
-        RTM_NEWLINK = 16, RTM_GETLINK = 18,
+        RTM_NEWLINK = 16, RTM_DELLINK = 17, RTM_GETLINK = 18,
         RTM_NEWADDR = 20, RTM_DELADDR = 21, RTM_GETADDR = 22,
         RTM_NEWROUTE = 24, RTM_DELROUTE = 25, RTM_GETROUTE = 26,
         RTM_NEWNEIGH = 28, RTM_DELNEIGH = 29, RTM_GETNEIGH = 30,

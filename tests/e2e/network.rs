@@ -422,6 +422,30 @@ fn ports_are_forwarded_from_the_hosts_side_of_the_pod() {
     leaks.nothing_left();
 }
 
+#[test]
+fn an_interface_that_goes_takes_the_guests_link_down() {
+    let leaks = LeakCheck::begin();
+    let network = Network::veth();
+    let container = network.container(BUSYBOX, "sleep 1000");
+    assert_eq!(container.exec("cat /sys/class/net/eth0/carrier").ok(), "1");
+    let said = || {
+        let count = sh("grep -c 'interface of the pod is gone' /var/log/containerd.log || true");
+        count.ok().parse::<u32>().unwrap()
+    };
+    let before = said();
+    network.set_up("ip -n $P link del eth0");
+    let down = container.exec(
+        "while [ $(cat /sys/class/net/eth0/carrier) = 1 ]; do sleep 0.1; done; ip -4 -o addr show dev eth0",
+    );
+    assert!(down.ok().contains("10.9.0.2"), "what it has stays: {down:#?}");
+    let left = network.pod("ip -o link");
+    assert!(!left.ok().contains("krtap"), "the tap is gone too: {left:#?}");
+    assert_eq!(said(), before + 1);
+    drop(container);
+    drop(network);
+    leaks.nothing_left();
+}
+
 /// `ctr run --cni` has the plugins work on the namespace of the task after it was created, as Docker does.
 #[test]
 fn a_cni_plugins_interface_comes_between_create_and_start() {

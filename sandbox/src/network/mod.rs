@@ -9,6 +9,7 @@ mod relay;
 mod scan;
 mod tap;
 mod tc;
+mod watch;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -25,6 +26,7 @@ pub use error::NetworkError;
 use namespace::{Namespace, join};
 use relay::Listeners;
 use scan::{Link, Topology};
+use watch::Listener;
 
 use crate::error::Error;
 use crate::pod::{Pod, lock};
@@ -211,7 +213,11 @@ async fn connect(
     namespace: &Namespace,
     wire: impl FnOnce(&mut Socket) -> Result<Wires, NetworkError> + Send + 'static,
 ) -> Result<Network, Error> {
-    let wires = namespace.run(move || wire(&mut open_socket()?)).await??;
+    let wired = namespace.run(move || {
+        let listener = Listener::open().map_err(|cause| NetworkError::Enter(cause.into()))?;
+        Ok::<_, NetworkError>((listener, wire(&mut open_socket()?)?))
+    });
+    let (listener, wires) = wired.await??;
     let Wires {
         taps,
         links,
@@ -219,6 +225,8 @@ async fn connect(
         listeners,
     } = wires;
     let forwarding = listeners.is_some();
+    let names = network.interfaces.iter().map(|interface| interface.name.clone());
+    let watched = links.iter().map(|wire| wire.index).zip(names).collect();
     let relay = listeners.map(|listeners| tokio::spawn(relay::serve(listeners, Arc::downgrade(vm))));
     pod.leftovers.send_modify(|count| *count += 1);
     tokio::spawn({
@@ -237,7 +245,46 @@ async fn connect(
     for (slot, tap) in taps.iter().enumerate() {
         vm.attach_net(slot, tap.as_fd()).await?;
     }
+    tokio::spawn(disconnect_lost(Arc::clone(vm), listener, watched));
     Ok(network)
+}
+
+/// Takes the cable out of devices whose interfaces, by index and name in the order of the devices, go before the VM
+/// does: what the guest sends would go nowhere, and what is sent to it come from nowhere.
+async fn disconnect_lost(vm: Arc<Vm>, listener: Listener, interfaces: Vec<(u32, String)>) {
+    let mut watch = match listener.watch() {
+        Ok(watch) => watch,
+        Err(error) => {
+            tracing::warn!(%error, "interfaces of the pod that vanish will not be noticed");
+            return;
+        }
+    };
+    let mut left: Vec<u32> = interfaces.iter().map(|(index, _)| *index).collect();
+    while !left.is_empty() {
+        let lost = tokio::select! {
+            _exit = vm.exited() => return,
+            lost = watch.lost(&left) => lost,
+        };
+        let lost = match lost {
+            Ok(lost) => lost,
+            Err(error) => {
+                tracing::warn!(%error, "interfaces of the pod that vanish are not noticed any more");
+                return;
+            }
+        };
+        left.retain(|index| !lost.contains(index));
+        for (slot, (index, name)) in interfaces.iter().enumerate() {
+            if lost.contains(index) {
+                tracing::warn!(
+                    interface = name,
+                    "an interface of the pod is gone, its link in the VM goes down"
+                );
+                if let Err(error) = vm.detach_net(slot).await {
+                    tracing::warn!(interface = name, error = %crate::error::chain(&error), "its link cannot be taken down");
+                }
+            }
+        }
+    }
 }
 
 fn open_socket() -> Result<Socket, NetworkError> {

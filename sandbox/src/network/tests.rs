@@ -273,6 +273,39 @@ fn wiring_again_after_a_crash_works_and_unwiring_leaves_nothing() {
 }
 
 #[test]
+fn an_interface_that_goes_is_noticed() {
+    in_namespace(|| {
+        usual_pod();
+        run("ip link add net1 type veth peer name peer1");
+        run("ip link add br0 type bridge");
+        run("ip link set net1 master br0");
+        let socket = open_socket().unwrap();
+        let index = |name| rustix::net::netdevice::name_to_index(&socket, name).unwrap();
+        let (eth0, net1) = (index("eth0"), index("net1"));
+        let listener = Listener::open().unwrap();
+        // A bridge that lets a port go speaks of a deleted link; the port is still there.
+        run("ip link set net1 nomaster");
+        run("ip link set eth0 down");
+        run("ip link del eth0");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut watch = listener.watch().unwrap();
+            assert_eq!(watch.lost(&[eth0, net1]).await.unwrap(), [eth0]);
+            run("ip link set net1 up");
+            // More than the socket has room for.
+            for round in 0..200 {
+                run(&format!("ip link set net1 mtu {}", 1300 + round));
+            }
+            run("ip link del net1");
+            assert_eq!(watch.lost(&[net1]).await.unwrap(), [net1]);
+        });
+    });
+}
+
+#[test]
 fn a_failure_half_way_leaves_nothing() {
     in_namespace(|| {
         usual_pod();

@@ -193,6 +193,16 @@ impl Vm {
             .map(drop)
     }
 
+    /// Takes the n-th network device's tap away: its cable is out.
+    pub async fn detach_net(&self, slot: usize) -> Result<(), VmError> {
+        let body = RequestBody::DetachNet {
+            slot: u32::try_from(slot).unwrap_or(u32::MAX),
+        };
+        self.request("disconnect a network device", body, &[])
+            .await
+            .map(drop)
+    }
+
     /// Makes vCPUs until there are `count`.
     pub async fn set_vcpus(&self, count: u8) -> Result<(), VmError> {
         self.request("make vCPUs", RequestBody::SetVcpus { count }, &[])
