@@ -235,7 +235,7 @@ mod tests {
     use protobuf::well_known_types::any::Any;
 
     use super::*;
-    use crate::cri::{LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceOption, UserNamespace};
+    use crate::cri::{LinuxContainerResources, UserNamespace};
 
     fn request(config: &PodSandboxConfig) -> CreateSandboxRequest {
         CreateSandboxRequest {
@@ -310,7 +310,6 @@ mod tests {
         });
         let request = request(&config);
         assert_eq!(kinds(&spec(&request, &config)), ["mount", "user"]);
-        let _ = (LinuxSandboxSecurityContext::default(), NamespaceOption::default());
     }
 
     #[test]
