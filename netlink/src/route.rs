@@ -21,7 +21,7 @@ numbers! {
         RTM_NEWNEIGH = 28, RTM_DELNEIGH = 29, RTM_GETNEIGH = 30,
         RTM_NEWRULE = 32, RTM_DELRULE = 33, RTM_GETRULE = 34,
         RTM_NEWQDISC = 36, RTM_DELQDISC = 37,
-        RTM_NEWTFILTER = 44, RTM_DELTFILTER = 45,
+        RTM_NEWTFILTER = 44, RTM_DELTFILTER = 45, RTM_GETTFILTER = 46,
     }
     /// Flags of a request that makes something.
     u16 { NLM_F_REPLACE = 0x100, NLM_F_EXCL = 0x200, NLM_F_CREATE = 0x400, NLM_F_APPEND = 0x800 }

@@ -21,7 +21,7 @@ pub mod hooks;
 pub mod io;
 mod limits;
 pub mod namespaces;
-mod network;
+pub mod network;
 mod pause;
 mod pod;
 mod process;

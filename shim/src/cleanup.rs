@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Signal, pidfd_send_signal};
 use sandbox::cgroup::{CgroupError, HostCgroup};
+use sandbox::network::NetworkError;
 use tokio::net::UnixStream;
 use ttrpc::r#async::transport::Socket;
 
@@ -56,6 +57,9 @@ pub enum CleanupError {
     /// The pod's cgroup stays.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// Packets are still redirected to taps that are gone.
+    #[error("{}", sandbox::error::chain(.0))]
+    Network(#[from] NetworkError),
     /// The socket stays.
     #[error(transparent)]
     Socket(#[from] SocketError),
@@ -87,6 +91,10 @@ pub fn delete(arguments: &Arguments) -> Result<Vec<u8>, CleanupError> {
     } else {
         remove_cgroup(record.cgroups_path.as_deref())
     };
+    let network = match (&record.netns, shim_works) {
+        (Some(netns), false) => sandbox::network::clean_up(netns),
+        _ => Ok(()),
+    };
     let rootfs = unmount_all(&bundle.join("rootfs"));
     let socket = match record.socket.as_os_str().is_empty() {
         true => Ok(()),
@@ -94,6 +102,7 @@ pub fn delete(arguments: &Arguments) -> Result<Vec<u8>, CleanupError> {
     };
     processes?;
     cgroup?;
+    network?;
     rootfs?;
     socket?;
     let response = DeleteResponse {
@@ -248,6 +257,7 @@ mod tests {
             sandbox_id: "p".into(),
             socket: socket.clone(),
             cgroups_path: None,
+            netns: None,
             shim: Some(shim_process),
             vmm: Some(vmm_process),
             task: Some(task_process),

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use oci_spec::runtime::Spec;
-use sandbox::{Event, Events, Sandbox, SandboxExitCause, SandboxSpec};
+use sandbox::{Event, Events, Netns, Sandbox, SandboxExitCause, SandboxSpec};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
@@ -72,6 +72,7 @@ enum State {
 struct Running {
     sandbox: Sandbox,
     cgroups_path: Option<PathBuf>,
+    netns: Option<PathBuf>,
     options: RuntimeOptions,
     /// Hands the sandbox's events to the publisher; ends after the sandbox.
     pump: JoinHandle<()>,
@@ -122,14 +123,19 @@ impl Pod {
 
     /// What `delete` must know, should this process be killed. `task` stands for the container.
     pub fn record(&self, socket: &Path, task: Option<u32>) -> Record {
-        let (vmm, cgroups_path) = match &*self.state() {
-            State::Running(running) => (running.sandbox.vmm_pid(), running.cgroups_path.clone()),
-            State::Waiting | State::Closed => (None, None),
+        let (vmm, cgroups_path, netns) = match &*self.state() {
+            State::Running(running) => (
+                running.sandbox.vmm_pid(),
+                running.cgroups_path.clone(),
+                running.netns.clone(),
+            ),
+            State::Waiting | State::Closed => (None, None, None),
         };
         Record {
             sandbox_id: self.id.clone(),
             socket: socket.to_owned(),
             cgroups_path,
+            netns,
             shim: Process::of(std::process::id()),
             vmm: vmm.and_then(Process::of),
             task: task.and_then(Process::of),
@@ -179,11 +185,16 @@ impl Pod {
         let mut spec = SandboxSpec::from_oci(&self.id, &spec, &config)?;
         spec.namespace.clone_from(&self.namespace);
         let cgroups_path = spec.cgroups_path.clone();
+        let netns = match &spec.netns {
+            Netns::Path(path) => Some(path.clone()),
+            Netns::Host | Netns::New => None,
+        };
         let (sandbox, events) = Sandbox::start(spec, Arc::new(config));
         let pump = tokio::spawn(Arc::clone(self).pump(events));
         let running = State::Running(Running {
             sandbox: sandbox.clone(),
             cgroups_path,
+            netns,
             options,
             pump,
         });

@@ -23,6 +23,9 @@ pub struct Record {
     /// The pod's cgroup, as `linux.cgroupsPath` names it.
     #[serde(default)]
     pub cgroups_path: Option<PathBuf>,
+    /// The pod's network namespace on the host, when it has a path.
+    #[serde(default)]
+    pub netns: Option<PathBuf>,
     /// The shim.
     #[serde(default)]
     pub shim: Option<Process>,
@@ -145,6 +148,7 @@ mod tests {
             sandbox_id: "p".into(),
             socket: "/s".into(),
             cgroups_path: Some("/c".into()),
+            netns: Some("/n".into()),
             shim: Process::of(1),
             vmm: None,
             task: Some(Process {

@@ -58,6 +58,15 @@ impl Network {
         format!("--with-ns network:/run/netns/{}", self.pod)
     }
 
+    /// The namespace lives on without the sandbox: nothing is redirected in it any more.
+    #[track_caller]
+    fn is_as_before(&self) {
+        let left = self.pod("nft list ruleset; tc qdisc show dev eth0; ip -o link");
+        for gone in ["kata-rs", "ingress", "krtap"] {
+            assert!(!left.ok().contains(gone), "{gone} is left: {left:#?}");
+        }
+    }
+
     /// Runs a script outside of the pod.
     fn outside(&self, script: &str) -> kata_rs_tests::Outcome {
         sh(&format!(
@@ -413,11 +422,30 @@ fn ports_are_forwarded_from_the_hosts_side_of_the_pod() {
     let closed = network.outside("echo | socat - TCP4:10.9.0.2:8080");
     assert!(closed.stderr.contains("refused"), "{closed:#?}");
     drop(container);
-    // The namespace lives on without the sandbox: nothing is redirected in it any more.
-    let left = network.pod("nft list ruleset; tc qdisc show dev eth0; ip -o link");
-    for gone in ["kata-rs", "ingress", "krtap"] {
-        assert!(!left.ok().contains(gone), "{gone} is left: {left:#?}");
-    }
+    network.is_as_before();
+    drop(network);
+    leaks.nothing_left();
+}
+
+#[test]
+fn a_killed_shim_leaves_the_pods_namespace_as_it_was() {
+    let leaks = LeakCheck::begin();
+    let network = Network::veth();
+    let container = network.container(BUSYBOX, "sleep 1000");
+    let id = container.id();
+    let wired = network.pod("nft list ruleset; tc qdisc show dev eth0");
+    assert!(
+        wired.ok().contains("kata-rs") && wired.ok().contains("ingress"),
+        "{wired:#?}"
+    );
+    // containerd runs the shim's `delete`, and then forgets the task.
+    let _ = sh(&format!(
+        "kill -9 $(pgrep -f 'containerd-shim-kata-rs-v2.*{id}' | head -1); while ctr task ls -q | grep -qx {id}; do sleep 0.1; done; \
+         ctr c rm {id}; for f in /run/containerd/fifo/*/{id}-*; do rm -rf \"${{f%/*}}\"; done"
+    ))
+    .ok();
+    network.is_as_before();
+    drop(container);
     drop(network);
     leaks.nothing_left();
 }

@@ -3,6 +3,7 @@
 //! agent's; what containerd or Docker put into the namespace is only read.
 
 mod error;
+mod leftovers;
 mod namespace;
 mod nft;
 mod relay;
@@ -23,6 +24,7 @@ use protocol::vmm::NetSlot;
 use tokio::sync::OnceCell;
 
 pub use error::NetworkError;
+pub use leftovers::clean_up;
 use namespace::{Namespace, join};
 use relay::Listeners;
 use scan::{Link, Topology};

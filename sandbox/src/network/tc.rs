@@ -2,8 +2,8 @@
 //! before the host's own network stack sees it. So the interface keeps its addresses and its counters.
 
 use netlink::route::{
-    NLM_F_CREATE, NLM_F_EXCL, RTM_DELQDISC, RTM_DELTFILTER, RTM_NEWQDISC, RTM_NEWTFILTER, TCA_KIND,
-    TCA_OPTIONS, TrafficHeader,
+    NLM_F_CREATE, NLM_F_EXCL, RTM_DELQDISC, RTM_DELTFILTER, RTM_GETTFILTER, RTM_NEWQDISC, RTM_NEWTFILTER,
+    TCA_KIND, TCA_OPTIONS, TrafficHeader,
 };
 use netlink::{Error, Message, Socket};
 use rustix::io::Errno;
@@ -32,19 +32,12 @@ const TC_ACT_STOLEN: u32 = 4;
 /// Sends everything that comes in on one interface out of another. What an earlier call left there is replaced. Says
 /// whether it made the place that filters hang on, for [`restore`].
 pub(crate) fn redirect(socket: &mut Socket, from: u32, to: u32) -> Result<bool, Error> {
-    let qdisc = TrafficHeader {
-        index: from,
-        handle: INGRESS_HANDLE,
-        parent: INGRESS,
-        info: 0,
-    };
-    let add =
-        Message::new(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, &qdisc.encode()).with_text(TCA_KIND, "ingress");
+    let add = Message::new(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, &ingress(from).encode())
+        .with_text(TCA_KIND, "ingress");
     let made = match socket.request(&add) {
         // Another's, or left over from a process that was killed: the filter is what counts.
         Err(error) if error.errno == Errno::EXIST => {
-            remove_filter(socket, from)?;
-            false
+            remove_filter(socket, from)? && !has_filters(socket, from)?
         }
         result => result.map(|()| true)?,
     };
@@ -53,29 +46,57 @@ pub(crate) fn redirect(socket: &mut Socket, from: u32, to: u32) -> Result<bool, 
 
 /// Takes it back: the filter, and what it hung on if `made` says that it was made for it.
 pub(crate) fn restore(socket: &mut Socket, from: u32, made: bool) -> Result<(), Error> {
-    if !made {
-        return remove_filter(socket, from);
+    remove_filter(socket, from)?;
+    if made && !has_filters(socket, from)? {
+        remove_ingress(socket, from)?;
     }
-    let qdisc = TrafficHeader {
-        index: from,
+    Ok(())
+}
+
+/// Takes back what a process left that was killed: the filter, and what it hung on unless others hang there too.
+pub(crate) fn clean_up(socket: &mut Socket, from: u32) -> Result<(), Error> {
+    if remove_filter(socket, from)? && !has_filters(socket, from)? {
+        remove_ingress(socket, from)?;
+    }
+    Ok(())
+}
+
+fn ingress(index: u32) -> TrafficHeader {
+    TrafficHeader {
+        index,
         handle: INGRESS_HANDLE,
         parent: INGRESS,
         info: 0,
-    };
-    let delete = Message::new(RTM_DELQDISC, 0, &qdisc.encode()).with_text(TCA_KIND, "ingress");
+    }
+}
+
+fn remove_ingress(socket: &mut Socket, index: u32) -> Result<(), Error> {
+    let delete = Message::new(RTM_DELQDISC, 0, &ingress(index).encode()).with_text(TCA_KIND, "ingress");
     match socket.request(&delete) {
-        Err(error) if is_gone(error.errno) => Ok(()),
+        // It also says so of one of another kind (`clsact`), which others made.
+        Err(error) if is_gone(error.errno) || error.errno == Errno::INVAL => Ok(()),
         result => result,
     }
 }
 
-fn remove_filter(socket: &mut Socket, from: u32) -> Result<(), Error> {
+/// Whether there was one.
+fn remove_filter(socket: &mut Socket, from: u32) -> Result<bool, Error> {
     let delete = Message::new(RTM_DELTFILTER, 0, &place(from).encode());
     match socket.request(&delete) {
         // It says so where there is no place for filters.
-        Err(error) if is_gone(error.errno) || error.errno == Errno::INVAL => Ok(()),
-        result => result,
+        Err(error) if is_gone(error.errno) || error.errno == Errno::INVAL => Ok(false),
+        result => result.map(|()| true),
     }
+}
+
+fn has_filters(socket: &mut Socket, index: u32) -> Result<bool, Error> {
+    let place = TrafficHeader {
+        index,
+        parent: INGRESS_FILTERS,
+        ..TrafficHeader::default()
+    };
+    let filters = socket.dump(&Message::new(RTM_GETTFILTER, 0, &place.encode()))?;
+    Ok(!filters.is_empty())
 }
 
 fn is_gone(errno: Errno) -> bool {

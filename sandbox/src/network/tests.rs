@@ -6,6 +6,7 @@ use std::process::Command;
 
 use netlink::route::RTN_UNREACHABLE;
 
+use super::leftovers::clean_up_here;
 use super::*;
 use crate::error::ErrorKind;
 
@@ -260,16 +261,67 @@ fn wiring_again_after_a_crash_works_and_unwiring_leaves_nothing() {
         // One that is left from before would take the packets first.
         assert_eq!(filters.matches("mirred").count(), 1, "{filters}");
         unwire(&mut socket, &again.links);
-        assert!(!run("tc filter show dev eth0 ingress").contains("krtap0"));
+        assert!(!run("tc qdisc show dev eth0").contains("ingress"), "it was ours");
         drop(again);
         taps_are_gone();
-        run("tc qdisc del dev eth0 ingress");
         let fresh = wire_here(&mut socket, found).unwrap();
         unwire(&mut socket, &fresh.links);
         drop(fresh);
         assert!(!run("tc qdisc show dev eth0").contains("ingress"));
         taps_are_gone();
     });
+}
+
+#[test]
+fn what_a_killed_process_left_is_cleaned_up_and_nothing_else() {
+    const OTHERS: &str = "tc filter add dev eth0 ingress protocol ip u32 match u32 0 0 flowid 1:1";
+    in_namespace(|| {
+        usual_pod();
+        let mut socket = open_socket().unwrap();
+        let found = scan_here().unwrap();
+        let forwarding = Command::new("nft").arg("list").arg("tables").output().is_ok();
+        let left = || {
+            let tables = if forwarding {
+                run("nft list tables")
+            } else {
+                String::new()
+            };
+            format!(
+                "{} {} {tables}",
+                run("tc qdisc show dev eth0"),
+                run("tc filter show dev eth0 ingress")
+            )
+        };
+        let wires = wire_here(&mut socket, found.clone()).unwrap();
+        clean_up_here().unwrap();
+        assert!(left().contains("krtap0"), "a VM that lives: {}", left());
+        drop(wires);
+        taps_are_gone();
+        assert!(left().contains("mirred"));
+        clean_up_here().unwrap();
+        for ours in ["mirred", "ingress", "kata-rs"] {
+            assert!(!left().contains(ours), "{ours}: {}", left());
+        }
+        clean_up_here().unwrap();
+
+        // What others have put there stays.
+        run("tc qdisc add dev eth0 ingress");
+        clean_up_here().unwrap();
+        assert!(left().contains("ingress"));
+        run(OTHERS);
+        drop(wire_here(&mut socket, found).unwrap());
+        taps_are_gone();
+        clean_up_here().unwrap();
+        assert!(!left().contains("mirred") && left().contains("u32"), "{}", left());
+    });
+}
+
+#[test]
+fn a_namespace_that_is_gone_has_nothing_to_be_cleaned_up() {
+    clean_up(Path::new("/run/netns/nonexistent")).unwrap();
+    clean_up(Path::new("/proc/self/ns/net")).unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    clean_up(file.path()).unwrap();
 }
 
 #[test]
