@@ -46,7 +46,7 @@ pub enum HostNetwork {
 /// How far a VM may grow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Most {
-    /// As far as the host.
+    /// To the host's memory; to 8 of its CPUs, or what the VM booted with if that is more.
     Auto,
     /// So far; 0 is not at all.
     UpTo(u32),

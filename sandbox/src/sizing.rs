@@ -65,6 +65,9 @@ impl SizingError {
 const MIB: u64 = 1 << 20;
 /// A kernel needs this much to boot with room to spare.
 const LEAST_MEMORY_MIB: u64 = 128;
+/// vCPUs that a VM can grow to when nobody says how many: the guest's kernel keeps memory for each that may come
+/// (docs/resources.md has figures).
+const AUTO_VCPUS: u32 = 8;
 /// The guest kernel describes each page of 4 KiB by 64 bytes.
 const PAGE_DESCRIPTOR_SHARE: u64 = 64;
 /// Memory that can be plugged is a multiple of this, in MiB (`protocol::vmm::VmConfig::pluggable_memory_mib`).
@@ -123,10 +126,11 @@ impl Sizing {
             vcpus: u8::try_from(host.cpus).unwrap_or(MOST_VCPUS).clamp(1, MOST_VCPUS),
             memory_mib: even(host.memory_mib),
         };
-        let vcpus = config.max_vcpus().or(host.vcpus.into());
+        let vcpus = config.max_vcpus().or(AUTO_VCPUS.min(host.vcpus.into()));
+        let vcpus = u8::try_from(vcpus).unwrap_or(MOST_VCPUS);
         let memory_mib = config.max_memory_mib().or(host.memory_mib);
         let ceiling = Size {
-            vcpus: host.vcpus.max(u8::try_from(vcpus).unwrap_or(MOST_VCPUS)),
+            vcpus: host.vcpus.max(vcpus),
             memory_mib: host.memory_mib.max(even(memory_mib.into())),
         };
         let wanted = Size::wanted(demand.total(), config);
@@ -138,7 +142,7 @@ impl Sizing {
         let grown =
             even(u64::from(memory_mib).min(u64::from(boot.memory_mib) + u64::from(MOST_PLUGGABLE_MIB)));
         let most = Size {
-            vcpus: boot.vcpus.max(u8::try_from(vcpus).unwrap_or(MOST_VCPUS)),
+            vcpus: boot.vcpus.max(vcpus),
             memory_mib: if memory_mib > boot.memory_mib {
                 grown
             } else {
@@ -190,10 +194,10 @@ impl Size {
 }
 
 impl Most {
-    /// The number, or this host's.
-    fn or(self, host: u32) -> u32 {
+    /// The number, or what it is on this host.
+    fn or(self, auto: u32) -> u32 {
         match self {
-            Self::Auto => host,
+            Self::Auto => auto,
             Self::UpTo(number) => number,
         }
     }
@@ -389,6 +393,23 @@ mod tests {
             assert_eq!(sizing.most, sizing.boot);
             assert_eq!(sizing.pluggable_mib(), 0);
         }
+    }
+
+    #[test]
+    fn a_large_hosts_cpus_are_for_those_who_ask_for_them() {
+        let large = Host { cpus: 64, ..HOST };
+        let vcpus = |config: &str, quota: u32| {
+            let config = Config::parse(config, "test").unwrap();
+            let spec =
+                format!(r#"{{"ociVersion":"1","linux":{{"resources":{{"cpu":{{"quota":{quota}}}}}}}}}"#);
+            let sizing = Sizing::on_host(&serde_json::from_str(&spec).unwrap(), &config, large).unwrap();
+            (sizing.boot.vcpus, sizing.most.vcpus)
+        };
+        assert_eq!(vcpus("", 100_000), (1, 8));
+        assert_eq!(vcpus("", 1_600_000), (16, 16));
+        assert_eq!(vcpus("", 9_900_000), (64, 64));
+        assert_eq!(vcpus("max_vcpus = 32", 100_000), (1, 32));
+        assert_eq!(vcpus("default_vcpus = 12", 100_000), (12, 12));
     }
 
     #[test]
