@@ -158,7 +158,7 @@ impl Config {
             max_vcpus: Most::Auto,
             max_memory_mib: Most::Auto,
             hello_timeout_s: 60,
-            block_slots: 4,
+            block_slots: 8,
             debug_console: false,
             task_api: TaskApi::Auto,
             host_network: HostNetwork::Refuse,

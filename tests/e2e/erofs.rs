@@ -14,7 +14,7 @@ impl Containerd {
     #[track_caller]
     fn start(rwlayer: &str) -> Self {
         sh(&format!(
-            "set -e; use-containerd 2.3 {rwlayer}; done=/run/kata-rs-test-erofs; [ ! -e $done ] || exit 0; \
+            "set -e; use-containerd 2.3 {rwlayer}; mkdir -p /var/lib/containerd-2.3/io.containerd.runtime.v2.task/default; done=/run/kata-rs-test-erofs; [ ! -e $done ] || exit 0; \
              for image in busybox layers; do for snapshotter in erofs overlayfs; do \
              ctr images import --local --snapshotter $snapshotter {IMAGES}/$image.oci.tar; done; done >/dev/null; \
              touch $done"
@@ -104,26 +104,52 @@ fn a_block_image_keeps_what_is_written_and_is_made_when_it_is_missing() {
 }
 
 #[test]
-fn slots_serve_one_container_after_another() {
+fn a_pod_of_seven_containers_has_a_disk_for_each() {
+    let _containerd = Containerd::start("");
+    let leaks = LeakCheck::begin();
+    let group = unique("g");
+    let outcome = sh(&format!(
+        "g='--runtime {RUNTIME} --snapshotter erofs --annotation io.containerd.runc.v2.group={group}'; \
+         ctr run -d $g {LAYERS} {group} sleep 1000; for i in 1 2 3 4 5 6; do ctr run -d $g {LAYERS} {group}-$i sleep 1000; done; \
+         for i in '' -1 -2 -3 -4 -5 -6; do ctr task exec --exec-id e {group}$i cat /data/changed; done; \
+         for i in -6 -5 -4 -3 -2 -1 ''; do ctr task kill -s 9 {group}$i; ctr task rm {group}$i >/dev/null; ctr c rm {group}$i; done"
+    ));
+    assert_eq!(
+        outcome.stdout.split_whitespace().collect::<Vec<_>>(),
+        ["three"; 7],
+        "{outcome:?}"
+    );
+    leaks.nothing_left();
+}
+
+#[test]
+fn slots_serve_one_container_after_another_and_the_key_is_named_when_they_are_all_taken() {
     let _containerd = Containerd::start("rwlayer");
     let leaks = LeakCheck::begin();
     let group = unique("g");
     // One VM: the first container stays, the others come and go. Their number is more than all slots.
     let script = format!(
-        "set -e; g='--runtime {RUNTIME} --snapshotter erofs --annotation io.containerd.runc.v2.group={group}'; \
+        "set -e; echo 'block_slots = 2' > /tmp/{group}.toml; \
+         g='--runtime {RUNTIME} --runtime-config-path /tmp/{group}.toml --snapshotter erofs --annotation io.containerd.runc.v2.group={group}'; \
          ctr run -d $g {BUSYBOX} {group} sleep 1000; \
-         for i in 1 2 3 4 5 6 7; do ctr run --rm $g {LAYERS} {group}-$i \
+         for i in 1 2 3; do ctr run --rm $g {LAYERS} {group}-$i \
          sh -c 'cd /data; cat changed; echo x > /tmp/file; sync; ls /sys/block/vd*/ | grep -c \"^vd.[0-9]\"'; done; \
+         ctr run -d $g {BUSYBOX} {group}-4 sleep 1000; ! ctr run $g {BUSYBOX} {group}-5 true; \
+         for c in {group}-5 {group}-4; do ctr task kill -s 9 $c || true; ctr task rm $c >/dev/null || true; ctr c rm $c; done; \
          ctr task kill -s 9 {group}; ctr task rm {group} >/dev/null || true; ctr c rm {group}"
     );
     let outcome = sh(&script);
-    let _ = sh(&format!("ctr task rm -f {group}; ctr c rm {group}"));
+    let _ = sh(&format!(
+        "for c in {group}-5 {group}-4 {group}; do ctr task rm -f $c; ctr c rm $c; done; rm /tmp/{group}.toml"
+    ));
     assert_eq!(
         outcome.stdout.split_whitespace().collect::<Vec<_>>(),
         // The first container's two partitions, and four of each that comes.
-        ["three", "6"].repeat(7),
+        ["three", "6"].repeat(3),
         "{outcome:?}"
     );
+    let error = "has only 2 slots for block devices and all are in use: raise `block_slots`";
+    assert!(outcome.stderr.contains(error), "{outcome:?}");
     leaks.nothing_left();
 }
 
