@@ -134,7 +134,6 @@ impl Agent {
             entropy: entropy().map_err(|error| Error::Agent(Arc::new(AgentError::Entropy(error))))?,
             sysctls: spec.sysctls.clone().into_iter().collect(),
             shm_bytes: spec.shm_bytes,
-            shared_pid_namespace: spec.shared_pid_namespace,
             network: network.into(),
             ..Default::default()
         };

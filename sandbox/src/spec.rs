@@ -65,8 +65,6 @@ pub struct SandboxSpec {
     pub sysctls: BTreeMap<String, String>,
     /// Size in bytes of a /dev/shm that the pod's containers share; 0 when each has its own.
     pub shm_bytes: u64,
-    /// Whether the containers share one pid namespace.
-    pub shared_pid_namespace: bool,
 }
 
 impl SandboxSpec {
@@ -98,7 +96,6 @@ impl SandboxSpec {
                 (0, Role::Sandbox) => DEFAULT_SHM_BYTES,
                 (bytes, _) => bytes,
             },
-            shared_pid_namespace: false,
         })
     }
 }

@@ -180,7 +180,6 @@ fn spec(scenario: &str) -> SandboxSpec {
         oom_score_adj: 0,
         sysctls: std::collections::BTreeMap::new(),
         shm_bytes: 0,
-        shared_pid_namespace: false,
     }
 }
 
