@@ -17,6 +17,9 @@ const CRIO_RESOURCES: &str = "io.kubernetes.cri-o.PodLinuxResources";
 /// The kernel's cpu.max period when none is given, in µs (Documentation/admin-guide/cgroup-v2.rst).
 const DEFAULT_PERIOD: u64 = 100_000;
 
+/// From here on a limit of huge pages is somebody's way of saying that there is none.
+const NO_HUGE_PAGE_LIMIT: u64 = 1 << 62;
+
 /// What may be used at most; `None` is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
@@ -24,6 +27,8 @@ pub struct Limits {
     pub micro_cpus: Option<u64>,
     /// Memory in bytes.
     pub memory_bytes: Option<u64>,
+    /// Huge pages of all sizes in bytes: what a container may use of them is set aside for it, beside its memory.
+    pub huge_page_bytes: u64,
 }
 
 impl Limits {
@@ -49,6 +54,7 @@ impl Limits {
         Ok(Self {
             micro_cpus: micro_cpus(number(CPU_QUOTA)?, period),
             memory_bytes: positive(number(MEMORY)?),
+            ..Self::default()
         })
     }
 
@@ -70,6 +76,7 @@ impl Limits {
         Ok(Self {
             micro_cpus: micro_cpus(Some(resources.cpu_quota), period),
             memory_bytes: positive(Some(resources.memory_limit_in_bytes)),
+            ..Self::default()
         })
     }
 
@@ -86,6 +93,13 @@ impl Limits {
         let memory = resources.memory().and_then(|memory| memory.limit());
         if let Some(limit) = memory.filter(|limit| *limit != 0) {
             limits.memory_bytes = positive(Some(limit));
+        }
+        if let Some(pages) = resources.hugepage_limits() {
+            limits.huge_page_bytes = pages
+                .iter()
+                .filter_map(|limit| u64::try_from(limit.limit()).ok())
+                .filter(|bytes| *bytes < NO_HUGE_PAGE_LIMIT)
+                .fold(0, u64::saturating_add);
         }
         if let Some(cpu) = resources.cpu() {
             let (quota, period) = (cpu.quota().unwrap_or(0), cpu.period().unwrap_or(0));
@@ -121,6 +135,8 @@ pub(crate) struct Total {
     pub memory_bytes: u64,
     /// Whether a container has no memory limit, or there is none at all.
     pub unlimited_memory: bool,
+    /// The sum of huge pages, in bytes.
+    pub huge_page_bytes: u64,
 }
 
 impl Demand {
@@ -185,6 +201,7 @@ impl Demand {
             micro_cpus: sum(|limits| limits.micro_cpus),
             memory_bytes,
             unlimited_memory: without || memory_bytes == 0,
+            huge_page_bytes: sum(|limits| Some(limits.huge_page_bytes)),
         }
     }
 }
@@ -233,6 +250,7 @@ mod tests {
         Limits {
             micro_cpus: (cpus > 0).then_some(cpus * MICRO),
             memory_bytes: (mib > 0).then_some(mib << 20),
+            ..Limits::default()
         }
     }
 
@@ -262,6 +280,21 @@ mod tests {
             updated(before, r#"{"cpu":{"quota":-1,"period":100000}}"#, true),
             limits(0, 256)
         );
+    }
+
+    #[test]
+    fn huge_pages_of_all_sizes_add_up() {
+        let limits = r#"{"hugepageLimits":[{"pageSize":"2MB","limit":4194304},{"pageSize":"1GB","limit":1073741824},
+            {"pageSize":"64KB","limit":9223372036854771712},{"pageSize":"16GB","limit":0}]}"#;
+        let huge = updated(Limits::default(), limits, true);
+        assert_eq!(huge.huge_page_bytes, (1 << 30) + (4 << 20));
+        let memory_only = updated(huge, r#"{"memory":{"limit":1048576}}"#, true);
+        assert_eq!(memory_only.huge_page_bytes, huge.huge_page_bytes);
+        let mut demand = Demand::default();
+        demand.add("a", huge);
+        demand.add("b", huge);
+        assert_eq!(demand.total().huge_page_bytes, (2 << 30) + (8 << 20));
+        assert_eq!(demand.total().memory_bytes, 0);
     }
 
     #[test]

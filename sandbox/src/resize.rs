@@ -125,6 +125,7 @@ pub(crate) async fn update(
     let larger = Limits {
         micro_cpus: before.micro_cpus.max(after.micro_cpus),
         memory_bytes: before.memory_bytes.max(after.memory_bytes),
+        huge_page_bytes: before.huge_page_bytes.max(after.huge_page_bytes),
     };
     lock(&pod.resize.demand).update(id, larger);
     let changed = match grow(pod).await {

@@ -169,15 +169,15 @@ impl Size {
             .div_ceil(MICRO)
             .max(config.default_vcpus().into());
         let limit = total.memory_bytes.div_ceil(MIB);
-        let limited = limit
-            .saturating_add(limit / PAGE_DESCRIPTOR_SHARE)
-            .saturating_add(config.memory_overhead_mib().into());
+        let described = |mib: u64| mib.saturating_add(mib / PAGE_DESCRIPTOR_SHARE);
+        let limited = described(limit).saturating_add(config.memory_overhead_mib().into());
         let default = u64::from(config.default_memory_mib());
         let memory = match (limit, total.unlimited_memory) {
             (0, _) => default,
             (_, true) => limited.max(default),
             (_, false) => limited,
         };
+        let memory = memory.saturating_add(described(total.huge_page_bytes.div_ceil(MIB)));
         Self {
             vcpus: u8::try_from(vcpus).unwrap_or(MOST_VCPUS).min(MOST_VCPUS),
             memory_mib: even(memory),
@@ -272,6 +272,17 @@ mod tests {
         assert_eq!(
             limited(r#"{"memory":{"limit":9223372036854775807}}"#).memory_mib,
             16_384
+        );
+    }
+
+    #[test]
+    fn huge_pages_come_on_top_of_the_memory() {
+        let huge = r#""hugepageLimits":[{"pageSize":"2MB","limit":134217728}]"#;
+        // 128 + 128/64 for the pages.
+        assert_eq!(limited(&format!("{{{huge}}}")).memory_mib, 512 + 130);
+        assert_eq!(
+            limited(&format!(r#"{{"memory":{{"limit":536870912}},{huge}}}"#)).memory_mib,
+            584 + 130
         );
     }
 

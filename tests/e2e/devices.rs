@@ -154,3 +154,27 @@ fn huge_pages_are_set_aside_by_the_limits() {
         "{outcome:?}"
     );
 }
+
+#[test]
+fn a_pods_vm_grows_by_the_huge_pages_of_a_container() {
+    let group = unique("g");
+    let pages = "cat /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+    // 640 MiB of huge pages are more than the whole VM at first.
+    let outcome = sh(&format!(
+        "g='--runtime {RUNTIME} --annotation io.containerd.runc.v2.group={group}'; \
+         ctr run -d $g {BUSYBOX} {group} sleep 1000; \
+         ctr c create $g {BUSYBOX} {group}-2 sh -c '{pages}'; \
+         ctr c info --spec {group}-2 | jq '.linux.resources.hugepageLimits = [{{pageSize: \"2MB\", limit: 671088640}}]' > /run/{group}.json; \
+         ctr c rm {group}-2; mkdir /run/{group}; ctr images mount {BUSYBOX} /run/{group} >/dev/null; \
+         jq '.root = {{path: \"/run/{group}\", readonly: true}}' /run/{group}.json > /run/{group}-2.json; \
+         ctr run --rm --runtime {RUNTIME} --config /run/{group}-2.json {group}-2; \
+         ctr images unmount --rm /run/{group} >/dev/null; rmdir /run/{group}; rm /run/{group}.json /run/{group}-2.json; \
+         while ! ctr task exec --exec-id e {group} {pages} | grep -x 0; do sleep 0.1; done; \
+         ctr task kill -s 9 {group}; ctr task rm {group} >/dev/null; ctr c rm {group}"
+    ));
+    assert_eq!(
+        outcome.stdout.split_whitespace().collect::<Vec<_>>(),
+        ["320", "0"],
+        "{outcome:?}"
+    );
+}
