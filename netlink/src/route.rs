@@ -72,298 +72,127 @@ numbers! {
     u16 { IPVLAN_MODE_L3S = 2 }
 }
 
-/// `struct ifinfomsg`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LinkHeader {
-    /// `ifi_type`: `ARPHRD_*`.
-    pub device: u16,
-    /// `ifi_index`.
-    pub index: u32,
-    /// `ifi_flags`.
-    pub flags: u32,
-    /// `ifi_change`: which of the flags are meant.
-    pub change: u32,
-}
-
-impl LinkHeader {
-    /// Its length.
-    pub const SIZE: usize = 16;
-
-    /// As the kernel has it.
-    #[must_use]
-    pub fn encode(self) -> [u8; Self::SIZE] {
-        let mut bytes = [0; Self::SIZE];
-        bytes[2..4].copy_from_slice(&self.device.to_ne_bytes());
-        bytes[4..8].copy_from_slice(&self.index.to_ne_bytes());
-        bytes[8..12].copy_from_slice(&self.flags.to_ne_bytes());
-        bytes[12..16].copy_from_slice(&self.change.to_ne_bytes());
-        bytes
-    }
-
-    /// From the kernel.
-    #[must_use]
-    pub fn decode(bytes: [u8; Self::SIZE]) -> Self {
-        let [_, _, t0, t1, i0, i1, i2, i3, f0, f1, f2, f3, c0, c1, c2, c3] = bytes;
-        Self {
-            device: u16::from_ne_bytes([t0, t1]),
-            index: u32::from_ne_bytes([i0, i1, i2, i3]),
-            flags: u32::from_ne_bytes([f0, f1, f2, f3]),
-            change: u32::from_ne_bytes([c0, c1, c2, c3]),
+/// Structures at the beginning of messages: their length, and each member with its type and place.
+macro_rules! headers {
+    ($(
+        $(#[$doc:meta])* $name:ident($size:literal) {
+            $($(#[$about:meta])* $member:ident: $kind:ty = $at:literal),+ $(,)?
         }
-    }
-}
-
-/// `struct ifaddrmsg`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct AddressHeader {
-    /// `ifa_family`.
-    pub family: u8,
-    /// `ifa_prefixlen`.
-    pub prefix_length: u8,
-    /// `ifa_flags`, the lower eight.
-    pub flags: u8,
-    /// `ifa_scope`.
-    pub scope: u8,
-    /// `ifa_index`.
-    pub index: u32,
-}
-
-impl AddressHeader {
-    /// Its length.
-    pub const SIZE: usize = 8;
-
-    /// As the kernel has it.
-    #[must_use]
-    pub fn encode(self) -> [u8; Self::SIZE] {
-        let [i0, i1, i2, i3] = self.index.to_ne_bytes();
-        [
-            self.family,
-            self.prefix_length,
-            self.flags,
-            self.scope,
-            i0,
-            i1,
-            i2,
-            i3,
-        ]
-    }
-
-    /// From the kernel.
-    #[must_use]
-    pub fn decode(bytes: [u8; Self::SIZE]) -> Self {
-        let [family, prefix_length, flags, scope, index @ ..] = bytes;
-        Self {
-            family,
-            prefix_length,
-            flags,
-            scope,
-            index: u32::from_ne_bytes(index),
+    )+) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct $name {
+            $($(#[$about])* pub $member: $kind,)+
         }
-    }
-}
 
-/// `struct rtmsg`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RouteHeader {
-    /// `rtm_family`.
-    pub family: u8,
-    /// `rtm_dst_len`.
-    pub destination_length: u8,
-    /// `rtm_table`, when it is below 256.
-    pub table: u8,
-    /// `rtm_protocol`.
-    pub protocol: u8,
-    /// `rtm_scope`.
-    pub scope: u8,
-    /// `rtm_type`: `RTN_*`.
-    pub kind: u8,
-    /// `rtm_flags`.
-    pub flags: u32,
-}
+        impl $name {
+            /// Its length.
+            pub const SIZE: usize = $size;
 
-impl RouteHeader {
-    /// Its length.
-    pub const SIZE: usize = 12;
+            /// As the kernel has it.
+            #[must_use]
+            pub fn encode(self) -> [u8; Self::SIZE] {
+                let mut bytes = [0; Self::SIZE];
+                $(bytes[$at..$at + size_of::<$kind>()].copy_from_slice(&self.$member.to_ne_bytes());)+
+                bytes
+            }
 
-    /// As the kernel has it.
-    #[must_use]
-    pub fn encode(self) -> [u8; Self::SIZE] {
-        let [f0, f1, f2, f3] = self.flags.to_ne_bytes();
-        [
-            self.family,
-            self.destination_length,
-            0,
-            0,
-            self.table,
-            self.protocol,
-            self.scope,
-            self.kind,
-            f0,
-            f1,
-            f2,
-            f3,
-        ]
-    }
-
-    /// From the kernel.
-    #[must_use]
-    pub fn decode(bytes: [u8; Self::SIZE]) -> Self {
-        let [
-            family,
-            destination_length,
-            _,
-            _,
-            table,
-            protocol,
-            scope,
-            kind,
-            flags @ ..,
-        ] = bytes;
-        Self {
-            family,
-            destination_length,
-            table,
-            protocol,
-            scope,
-            kind,
-            flags: u32::from_ne_bytes(flags),
+            /// From the kernel.
+            #[must_use]
+            pub fn decode(bytes: [u8; Self::SIZE]) -> Self {
+                Self {
+                    $($member: <$kind>::from_ne_bytes(std::array::from_fn(|index| bytes[$at + index])),)+
+                }
+            }
         }
-    }
+    )+};
 }
 
-/// `struct ndmsg`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NeighbourHeader {
-    /// `ndm_family`.
-    pub family: u8,
-    /// `ndm_ifindex`.
-    pub index: u32,
-    /// `ndm_state`: `NUD_*`.
-    pub state: u16,
-    /// `ndm_flags`.
-    pub flags: u8,
-}
-
-impl NeighbourHeader {
-    /// Its length.
-    pub const SIZE: usize = 12;
-
-    /// As the kernel has it.
-    #[must_use]
-    pub fn encode(self) -> [u8; Self::SIZE] {
-        let [i0, i1, i2, i3] = self.index.to_ne_bytes();
-        let [s0, s1] = self.state.to_ne_bytes();
-        [self.family, 0, 0, 0, i0, i1, i2, i3, s0, s1, self.flags, 0]
+headers! {
+    /// `struct ifinfomsg`.
+    LinkHeader(16) {
+        /// `ifi_type`: `ARPHRD_*`.
+        device: u16 = 2,
+        /// `ifi_index`.
+        index: u32 = 4,
+        /// `ifi_flags`.
+        flags: u32 = 8,
+        /// `ifi_change`: which of the flags are meant.
+        change: u32 = 12,
     }
 
-    /// From the kernel.
-    #[must_use]
-    pub fn decode(bytes: [u8; Self::SIZE]) -> Self {
-        let [family, _, _, _, i0, i1, i2, i3, s0, s1, flags, _] = bytes;
-        Self {
-            family,
-            index: u32::from_ne_bytes([i0, i1, i2, i3]),
-            state: u16::from_ne_bytes([s0, s1]),
-            flags,
-        }
-    }
-}
-
-/// `struct fib_rule_hdr`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RuleHeader {
-    /// `family`.
-    pub family: u8,
-    /// `dst_len`.
-    pub destination_length: u8,
-    /// `src_len`.
-    pub source_length: u8,
-    /// `tos`.
-    pub tos: u8,
-    /// `table`, when it is below 256.
-    pub table: u8,
-    /// `action`: `FR_ACT_*`.
-    pub action: u8,
-    /// `flags`: `FIB_RULE_*`.
-    pub flags: u32,
-}
-
-impl RuleHeader {
-    /// Its length.
-    pub const SIZE: usize = 12;
-
-    /// As the kernel has it.
-    #[must_use]
-    pub fn encode(self) -> [u8; Self::SIZE] {
-        let [f0, f1, f2, f3] = self.flags.to_ne_bytes();
-        [
-            self.family,
-            self.destination_length,
-            self.source_length,
-            self.tos,
-            self.table,
-            0,
-            0,
-            self.action,
-            f0,
-            f1,
-            f2,
-            f3,
-        ]
+    /// `struct ifaddrmsg`.
+    AddressHeader(8) {
+        /// `ifa_family`.
+        family: u8 = 0,
+        /// `ifa_prefixlen`.
+        prefix_length: u8 = 1,
+        /// `ifa_flags`, the lower eight.
+        flags: u8 = 2,
+        /// `ifa_scope`.
+        scope: u8 = 3,
+        /// `ifa_index`.
+        index: u32 = 4,
     }
 
-    /// From the kernel.
-    #[must_use]
-    pub fn decode(bytes: [u8; Self::SIZE]) -> Self {
-        let [
-            family,
-            destination_length,
-            source_length,
-            tos,
-            table,
-            _,
-            _,
-            action,
-            flags @ ..,
-        ] = bytes;
-        Self {
-            family,
-            destination_length,
-            source_length,
-            tos,
-            table,
-            action,
-            flags: u32::from_ne_bytes(flags),
-        }
+    /// `struct rtmsg`.
+    RouteHeader(12) {
+        /// `rtm_family`.
+        family: u8 = 0,
+        /// `rtm_dst_len`.
+        destination_length: u8 = 1,
+        /// `rtm_table`, when it is below 256.
+        table: u8 = 4,
+        /// `rtm_protocol`.
+        protocol: u8 = 5,
+        /// `rtm_scope`.
+        scope: u8 = 6,
+        /// `rtm_type`: `RTN_*`.
+        kind: u8 = 7,
+        /// `rtm_flags`.
+        flags: u32 = 8,
     }
-}
 
-/// `struct tcmsg`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TrafficHeader {
-    /// `tcm_ifindex`.
-    pub index: u32,
-    /// `tcm_handle`.
-    pub handle: u32,
-    /// `tcm_parent`.
-    pub parent: u32,
-    /// `tcm_info`.
-    pub info: u32,
-}
+    /// `struct ndmsg`.
+    NeighbourHeader(12) {
+        /// `ndm_family`.
+        family: u8 = 0,
+        /// `ndm_ifindex`.
+        index: u32 = 4,
+        /// `ndm_state`: `NUD_*`.
+        state: u16 = 8,
+        /// `ndm_flags`.
+        flags: u8 = 10,
+    }
 
-impl TrafficHeader {
-    /// Its length.
-    pub const SIZE: usize = 20;
+    /// `struct fib_rule_hdr`.
+    RuleHeader(12) {
+        /// `family`.
+        family: u8 = 0,
+        /// `dst_len`.
+        destination_length: u8 = 1,
+        /// `src_len`.
+        source_length: u8 = 2,
+        /// `tos`.
+        tos: u8 = 3,
+        /// `table`, when it is below 256.
+        table: u8 = 4,
+        /// `action`: `FR_ACT_*`.
+        action: u8 = 7,
+        /// `flags`: `FIB_RULE_*`.
+        flags: u32 = 8,
+    }
 
-    /// As the kernel has it.
-    #[must_use]
-    pub fn encode(self) -> [u8; Self::SIZE] {
-        let mut bytes = [0; Self::SIZE];
-        bytes[4..8].copy_from_slice(&self.index.to_ne_bytes());
-        bytes[8..12].copy_from_slice(&self.handle.to_ne_bytes());
-        bytes[12..16].copy_from_slice(&self.parent.to_ne_bytes());
-        bytes[16..20].copy_from_slice(&self.info.to_ne_bytes());
-        bytes
+    /// `struct tcmsg`.
+    TrafficHeader(20) {
+        /// `tcm_ifindex`.
+        index: u32 = 4,
+        /// `tcm_handle`.
+        handle: u32 = 8,
+        /// `tcm_parent`.
+        parent: u32 = 12,
+        /// `tcm_info`.
+        info: u32 = 16,
     }
 }
 
@@ -371,49 +200,93 @@ impl TrafficHeader {
 mod tests {
     use super::*;
 
+    /// Structures as they lie in the kernel: numbers in the machine's order, all of them different.
     #[test]
-    fn headers_survive_the_wire() {
+    fn headers_lie_as_in_the_kernel() {
         let link = LinkHeader {
-            device: 1,
-            index: 0x0102_0304,
-            flags: 5,
-            change: 6,
+            device: 0x0102,
+            index: 0x0304_0506,
+            flags: 0x0708_090a,
+            change: 0x0b0c_0d0e,
         };
+        assert_eq!(
+            link.encode()[..],
+            [
+                &[0, 0][..],
+                &0x0102_u16.to_ne_bytes(),
+                &words([0x0304_0506, 0x0708_090a, 0x0b0c_0d0e])
+            ]
+            .concat()
+        );
         assert_eq!(LinkHeader::decode(link.encode()), link);
         let address = AddressHeader {
-            family: INET6,
-            prefix_length: 64,
+            family: 1,
+            prefix_length: 2,
             flags: 3,
-            scope: 253,
-            index: 0x0102_0304,
+            scope: 4,
+            index: 0x0506_0708,
         };
+        assert_eq!(
+            address.encode()[..],
+            [&[1, 2, 3, 4][..], &words([0x0506_0708])].concat()
+        );
         assert_eq!(AddressHeader::decode(address.encode()), address);
         let route = RouteHeader {
-            family: INET,
-            destination_length: 24,
-            table: 254,
-            protocol: 3,
-            scope: 1,
-            kind: RTN_UNICAST,
-            flags: RTNH_F_ONLINK,
+            family: 1,
+            destination_length: 2,
+            table: 3,
+            protocol: 4,
+            scope: 5,
+            kind: 6,
+            flags: 0x0708_090a,
         };
+        assert_eq!(
+            route.encode()[..],
+            [&[1, 2, 0, 0, 3, 4, 5, 6][..], &words([0x0708_090a])].concat()
+        );
         assert_eq!(RouteHeader::decode(route.encode()), route);
         let neighbour = NeighbourHeader {
-            family: INET,
-            index: 0x0102_0304,
-            state: NUD_PERMANENT,
-            flags: 1,
+            family: 1,
+            index: 0x0203_0405,
+            state: 0x0607,
+            flags: 8,
         };
+        assert_eq!(
+            neighbour.encode()[..],
+            [
+                &[1, 0, 0, 0][..],
+                &words([0x0203_0405]),
+                &0x0607_u16.to_ne_bytes(),
+                &[8, 0]
+            ]
+            .concat()
+        );
         assert_eq!(NeighbourHeader::decode(neighbour.encode()), neighbour);
         let rule = RuleHeader {
-            family: INET,
-            destination_length: 1,
-            source_length: 2,
-            tos: 3,
-            table: 4,
-            action: 5,
-            flags: 6,
+            family: 1,
+            destination_length: 2,
+            source_length: 3,
+            tos: 4,
+            table: 5,
+            action: 6,
+            flags: 0x0708_090a,
         };
+        assert_eq!(
+            rule.encode()[..],
+            [&[1, 2, 3, 4, 5, 0, 0, 6][..], &words([0x0708_090a])].concat()
+        );
         assert_eq!(RuleHeader::decode(rule.encode()), rule);
+        let traffic = TrafficHeader {
+            index: 1,
+            handle: 2,
+            parent: 3,
+            info: 4,
+        };
+        assert_eq!(traffic.encode()[..], words([0, 1, 2, 3, 4]));
+        assert_eq!(TrafficHeader::decode(traffic.encode()), traffic);
+    }
+
+    fn words<const N: usize>(words: [u32; N]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect()
     }
 }

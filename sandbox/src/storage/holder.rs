@@ -22,7 +22,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, U
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::mountinfo;
-use super::sys::{attr, clone_tree, in_private_namespace, set_attributes};
+use super::sys::{attr, clone_tree, in_private_namespace, on_own_thread, set_attributes};
 
 /// How often the table is read again after something was changed in it. Covering one mount may show others.
 const ROUNDS: u32 = 16;
@@ -143,17 +143,9 @@ fn enter(namespace: &OwnedFd) -> io::Result<()> {
 impl Namespace {
     /// Runs `work` on a thread in this namespace, in its root directory.
     fn enter<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-        let enter_and_work = || {
+        on_own_thread(|| {
             enter(&self.fd)?;
             work()
-        };
-        std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new()
-                .name("kata-rs-mounts".into())
-                .spawn_scoped(scope, enter_and_work)?;
-            thread
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 }

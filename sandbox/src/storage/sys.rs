@@ -78,10 +78,15 @@ pub(super) fn in_private_namespace<T: Send>(work: impl FnOnce() -> io::Result<T>
         rustix::mount::mount_change(root(), private)?;
         work()
     };
+    on_own_thread(enter_and_work)
+}
+
+/// Runs `work` on a thread that nothing else ever runs on, and waits for it.
+pub(super) fn on_own_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
             .name("kata-rs-mounts".into())
-            .spawn_scoped(scope, enter_and_work)?;
+            .spawn_scoped(scope, work)?;
         thread
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
