@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Address, GuestAddress, GuestMemory as _};
 
+use super::counter;
 use super::queue::{Chain, DeviceQueue, Iovecs, Violations};
 use super::worker::{Workers, serve};
 use super::{ActivateError, Activation, Device, DeviceType, Interrupt};
@@ -201,17 +202,11 @@ impl Device for Balloon {
     }
 
     fn counters(&self) -> Vec<(String, u64)> {
-        vec![
-            (
-                "inflated_bytes".to_owned(),
-                self.shared.inflated.load(Ordering::Relaxed),
-            ),
-            (
-                "reported_bytes".to_owned(),
-                self.shared.reported.load(Ordering::Relaxed),
-            ),
-            ("violations".to_owned(), self.violations.count()),
-        ]
+        let counted = [
+            ("inflated_bytes", &self.shared.inflated),
+            ("reported_bytes", &self.shared.reported),
+        ];
+        counter::report(counted, &self.violations)
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+use super::counter;
 use super::queue::{Chain, DeviceQueue, Violations};
 use super::worker::{Workers, serve};
 use super::{ActivateError, Activation, Device, DeviceType};
@@ -185,10 +186,7 @@ impl Device for Console {
     }
 
     fn counters(&self) -> Vec<(String, u64)> {
-        vec![
-            ("bytes".to_owned(), self.output.bytes.load(Ordering::Relaxed)),
-            ("violations".to_owned(), self.violations.count()),
-        ]
+        counter::report([("bytes", &self.output.bytes)], &self.violations)
     }
 }
 

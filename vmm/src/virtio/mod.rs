@@ -9,6 +9,7 @@ pub mod mmio;
 pub mod balloon;
 pub mod block;
 pub mod console;
+mod counter;
 pub mod fs;
 pub mod memory;
 pub mod net;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+use super::counter;
 use super::queue::{Chain, DeviceQueue, Violations};
 use super::worker::{Workers, serve};
 use super::{ActivateError, Activation, Device, DeviceType};
@@ -68,10 +69,7 @@ impl Device for Rng {
     }
 
     fn counters(&self) -> Vec<(String, u64)> {
-        vec![
-            ("bytes".to_owned(), self.bytes.load(Ordering::Relaxed)),
-            ("violations".to_owned(), self.violations.count()),
-        ]
+        counter::report([("bytes", &self.bytes)], &self.violations)
     }
 }
 

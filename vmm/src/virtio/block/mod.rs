@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::counter::{self, Counter};
 use super::queue::{DeviceQueue, Violations};
 use super::worker::Workers;
 use super::{ActivateError, Activation, Device, DeviceType, Interrupt};
@@ -105,20 +106,6 @@ struct Counters {
     flushes: Counter,
     discards: Counter,
     errors: Counter,
-}
-
-/// How often, and how many bytes.
-#[derive(Default)]
-struct Counter {
-    times: AtomicU64,
-    bytes: AtomicU64,
-}
-
-impl Counter {
-    fn add(&self, bytes: usize) {
-        self.times.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-    }
 }
 
 struct Slot {
@@ -403,7 +390,7 @@ impl Device for Block {
 
     fn counters(&self) -> Vec<(String, u64)> {
         let counters = &self.slot.common.counters;
-        [
+        let counted = [
             ("reads", &counters.reads.times),
             ("read_bytes", &counters.reads.bytes),
             ("writes", &counters.writes.times),
@@ -411,10 +398,7 @@ impl Device for Block {
             ("flushes", &counters.flushes.times),
             ("discards", &counters.discards.times),
             ("errors", &counters.errors.times),
-        ]
-        .map(|(name, value)| (name.to_owned(), value.load(Ordering::Relaxed)))
-        .into_iter()
-        .chain([("violations".to_owned(), self.violations.count())])
-        .collect()
+        ];
+        counter::report(counted, &self.violations)
     }
 }

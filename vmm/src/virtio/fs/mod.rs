@@ -24,6 +24,7 @@ use protocol::vmm::CachePolicy;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::counter;
 use super::queue::{Chain, DeviceQueue, Violations};
 use super::worker::{Events, Poller, STOP, Workers};
 use super::{ActivateError, Activation, Device, DeviceType};
@@ -211,20 +212,12 @@ impl Device for Fs {
     }
 
     fn counters(&self) -> Vec<(String, u64)> {
-        [
-            ("requests", self.counters.requests.load(Ordering::Relaxed)),
-            (
-                "bytes_from_guest",
-                self.counters.bytes_from_guest.load(Ordering::Relaxed),
-            ),
-            (
-                "bytes_to_guest",
-                self.counters.bytes_to_guest.load(Ordering::Relaxed),
-            ),
-            ("violations", self.violations.count()),
-        ]
-        .map(|(name, value)| (name.to_owned(), value))
-        .into()
+        let counted = [
+            ("requests", &self.counters.requests),
+            ("bytes_from_guest", &self.counters.bytes_from_guest),
+            ("bytes_to_guest", &self.counters.bytes_to_guest),
+        ];
+        counter::report(counted, &self.violations)
     }
 }
 

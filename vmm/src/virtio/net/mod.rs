@@ -15,13 +15,14 @@ mod tests;
 mod worker;
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::counter::{self, Counter};
 use super::queue::{DeviceQueue, Violations};
 use super::rate_limiter::Limit;
 use super::worker::Workers;
@@ -137,23 +138,6 @@ struct Counters {
     /// Nothing to send them to.
     send_drops: Counter,
     send_errors: Counter,
-}
-
-/// How often, and how many bytes.
-#[derive(Default)]
-struct Counter {
-    times: AtomicU64,
-    bytes: AtomicU64,
-}
-
-impl Counter {
-    /// Only the device's thread counts, so that a load and a store are enough.
-    fn add(&self, bytes: usize) {
-        let bump =
-            |counter: &AtomicU64, by| counter.store(counter.load(Ordering::Relaxed) + by, Ordering::Relaxed);
-        bump(&self.times, 1);
-        bump(&self.bytes, bytes as u64);
-    }
 }
 
 struct Slot {
@@ -400,7 +384,7 @@ impl Device for Net {
 
     fn counters(&self) -> Vec<(String, u64)> {
         let counters = &self.slot.common.counters;
-        [
+        let counted = [
             ("rx_packets", &counters.received.times),
             ("rx_bytes", &counters.received.bytes),
             ("rx_drops", &counters.receive_drops.times),
@@ -409,10 +393,7 @@ impl Device for Net {
             ("tx_bytes", &counters.sent.bytes),
             ("tx_drops", &counters.send_drops.times),
             ("tx_errors", &counters.send_errors.times),
-        ]
-        .map(|(name, value)| (name.to_owned(), value.load(Ordering::Relaxed)))
-        .into_iter()
-        .chain([("violations".to_owned(), self.violations.count())])
-        .collect()
+        ];
+        counter::report(counted, &self.violations)
     }
 }

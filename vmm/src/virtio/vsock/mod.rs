@@ -12,13 +12,13 @@ mod tests;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::epoll::EventSet;
 
+use super::counter;
 use super::queue::{Chain, DeviceQueue, Violations};
 use super::worker::{Events, Poller, STOP, Workers};
 use super::{ActivateError, Activation, Device, DeviceType};
@@ -126,16 +126,13 @@ impl Device for Vsock {
 
     fn counters(&self) -> Vec<(String, u64)> {
         let counters = &self.counters;
-        [
+        let counted = [
             ("connections", &counters.connections),
             ("resets", &counters.resets),
             ("bytes_from_guest", &counters.bytes_from_guest),
             ("bytes_to_guest", &counters.bytes_to_guest),
-        ]
-        .map(|(name, value)| (name.to_owned(), value.load(Ordering::Relaxed)))
-        .into_iter()
-        .chain([("violations".to_owned(), self.violations.count())])
-        .collect()
+        ];
+        counter::report(counted, &self.violations)
     }
 }
 
