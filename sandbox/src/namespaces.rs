@@ -126,13 +126,13 @@ pub(crate) fn resolve(
             None => return Err(foreign(name, path)),
         }
     }
-    // Containers of a pod in the host's pid namespace name their sandbox, which is in it.
-    let Some(namespace) = find(spec, LinuxNamespaceType::Pid) else {
+    if wants_host_pids(spec) {
         return Ok(Pid_namespace::GuestPidNamespace(Empty::new()));
-    };
-    let Some(path) = joined(namespace) else {
+    }
+    let Some(path) = find(spec, LinuxNamespaceType::Pid).and_then(joined) else {
         return Ok(Pid_namespace::OwnPidNamespace(Empty::new()));
     };
+    // Containers of a pod in the host's pid namespace name their sandbox, which is in it.
     match owner_of(path, "pid", &owner) {
         Some(Owner::Sandbox) => Ok(Pid_namespace::PodPidNamespace(Empty::new())),
         Some(Owner::HostPidSandbox) => Ok(Pid_namespace::GuestPidNamespace(Empty::new())),
@@ -141,9 +141,11 @@ pub(crate) fn resolve(
     }
 }
 
-/// Whether a specification asks for the host's pid namespace.
+/// Whether a specification asks for the host's pid namespace: by none of its own, or by that of the host's first
+/// process, for callers that cannot leave it out (`ctr run --with-ns`).
 pub(crate) fn wants_host_pids(spec: &Spec) -> bool {
-    find(spec, LinuxNamespaceType::Pid).is_none()
+    find(spec, LinuxNamespaceType::Pid)
+        .is_none_or(|namespace| joined(namespace) == Some(Path::new("/proc/1/ns/pid")))
 }
 
 fn foreign(kind: &'static str, path: &Path) -> NamespaceError {
@@ -201,22 +203,21 @@ mod tests {
         let own = Pid_namespace::OwnPidNamespace(Empty::new());
         assert_eq!(pid(r#"[{"type":"pid"}]"#), Ok(own.clone()));
         assert_eq!(at(""), Ok(own));
-        assert_eq!(pid("[]"), Ok(Pid_namespace::GuestPidNamespace(Empty::new())));
+        let guests = Pid_namespace::GuestPidNamespace(Empty::new());
+        assert_eq!(pid("[]"), Ok(guests.clone()));
+        assert_eq!(at("/proc/1/ns/pid"), Ok(guests.clone()));
         assert_eq!(
             at("/proc/10/ns/pid"),
             Ok(Pid_namespace::PodPidNamespace(Empty::new()))
         );
-        assert_eq!(
-            at("/proc/9/ns/pid"),
-            Ok(Pid_namespace::GuestPidNamespace(Empty::new()))
-        );
+        assert_eq!(at("/proc/9/ns/pid"), Ok(guests));
         assert_eq!(
             at("/proc/11/ns/pid"),
             Ok(Pid_namespace::PidNamespaceOf("c".into()))
         );
         for path in [
             "/proc/12/ns/pid",
-            "/proc/1/ns/pid",
+            "/proc/1/ns/net",
             "/proc/10/ns/net",
             "/proc/10/../10/ns/pid",
             "/proc/x/ns/pid",

@@ -40,18 +40,27 @@ fn run(options: &str, image: &str, script: &str) -> kata_rs_tests::Outcome {
 #[test]
 fn layers_are_erofs_on_virtio_blk_and_read_as_they_do_when_shared() {
     let _containerd = Containerd::start("");
-    let mounts = "grep -c virtiofs /proc/mounts; grep \" / \" /proc/mounts | tail -1 | cut -d\" \" -f1,3; \
-                  ls /sys/fs/erofs | grep -v features";
-    let erofs = run("--user 0:0 --snapshotter erofs", LAYERS, mounts);
+    // In the guest's own pid namespace: its first process is the agent, which has mounted the layers.
+    let mounts = "cut -d\" \" -f1,3 /proc/1/mounts | grep -E \"^/dev|overlay|virtiofs\"; echo; \
+                  grep \" / \" /proc/mounts | tail -1 | cut -d\" \" -f1,3";
+    let guest = "--user 0:0 --with-ns pid:/proc/1/ns/pid --snapshotter";
+    let erofs = run(&format!("{guest} erofs"), LAYERS, mounts);
     assert_eq!(
         erofs.stdout.lines().collect::<Vec<_>>(),
-        ["0", "overlay overlay", "vda1", "vda2", "vda3"],
+        [
+            "/dev/vda1 erofs",
+            "/dev/vda2 erofs",
+            "/dev/vda3 erofs",
+            "overlay overlay",
+            "",
+            "overlay overlay"
+        ],
         "{erofs:?}"
     );
-    let shared = run("--user 0:0 --snapshotter overlayfs", LAYERS, mounts);
+    let shared = run(&format!("{guest} overlayfs"), LAYERS, mounts);
     assert_eq!(
         shared.stdout.lines().collect::<Vec<_>>(),
-        ["1", "kata-rs virtiofs"],
+        ["kata-rs virtiofs", "kata-rs virtiofs", "", "kata-rs virtiofs"],
         "{shared:?}"
     );
     // Whiteouts, an opaque directory, a hard link, owners, modes, contents: the same on both, and with runc.

@@ -3,9 +3,10 @@
 
     semantics.py PART/PARTS DIRECTORY SMALL READONLY
 
-Runs one of PARTS equal parts of the list. SMALL is a directory of a file system that is soon full, READONLY one that
-cannot be written. Prints one line for each case: `ok NAME`, or `FAIL NAME: why`. The same list runs on every file
-system; what matters is where two of them differ.
+Runs one of PARTS equal parts of the list, in a container that is thrown away: the cases named `image_` change files
+of its Debian image, on the root file system whatever DIRECTORY is. SMALL is a directory of a file system that is soon
+full, READONLY one that cannot be written. Prints one line for each case: `ok NAME`, or `FAIL NAME: why`. The same list
+runs on every file system; what matters is where two of them differ.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ import fcntl
 import mmap
 import os
 import select
+import shutil
 import socket
 import stat
 import struct
@@ -1011,6 +1013,89 @@ def access_asks_for_the_real_user():
     as_user(1000, lambda: (same(os.access("f", os.R_OK), False), same(os.access("f", os.F_OK), True)))
     same(os.access("f", os.R_OK | os.W_OK), True)
     same(os.access("f", os.X_OK), False)
+
+
+# Files of the image: what is changed of them is copied from a read-only layer first
+
+
+@case
+def image_file_is_written():
+    path = "/etc/pam.d/login"
+    before, old = os.stat(path), get(path)
+    with open(path, "ab") as file:
+        file.write(b"# more")
+    after = os.stat(path)
+    same(get(path), old + b"# more")
+    same((after.st_mode, after.st_uid, after.st_gid), (before.st_mode, before.st_uid, before.st_gid))
+
+
+@case
+def image_file_gets_owner_times_and_attributes():
+    path = "/etc/pam.d/other"
+    old = get(path)
+    os.chmod(path, 0o640)
+    os.chown(path, 7, 8)
+    os.setxattr(path, "user.a", b"1")
+    os.utime(path, ns=(1_000_000_001, 2_000_000_002))
+    found = os.stat(path)
+    same((mode(path), found.st_uid, found.st_gid, found.st_mtime_ns), (0o640, 7, 8, 2_000_000_002))
+    same((os.getxattr(path, "user.a"), get(path)), (b"1", old))
+
+
+@case
+def image_file_is_mapped_and_written():
+    path = "/etc/skel/.bashrc"
+    old = get(path)
+    with open(path, "r+b") as file:
+        memory = mmap.mmap(file.fileno(), len(old))
+        memory[0:3] = b"new"
+        memory.flush()
+    same(get(path), b"new" + old[3:])
+
+
+@case
+def image_file_is_linked_and_renamed():
+    old = get("/etc/skel/.profile")
+    os.link("/etc/skel/.profile", "/etc/skel/link")
+    os.rename("/etc/skel/.profile", "/etc/skel/renamed")
+    with open("/etc/skel/link", "ab") as file:
+        file.write(b"# more")
+    same(get("/etc/skel/renamed"), old + b"# more")
+    same(os.stat("/etc/skel/link").st_ino, os.stat("/etc/skel/renamed").st_ino)
+    same(".profile" in os.listdir("/etc/skel"), False)
+
+
+@case
+def image_directory_lists_what_came_and_went():
+    names = set(os.listdir("/etc/pam.d"))
+    os.unlink("/etc/pam.d/su")
+    os.unlink("/etc/pam.d/su-l")
+    put("/etc/pam.d/su-l", b"anew")
+    put("/etc/pam.d/new")
+    entries = list(os.scandir("/etc/pam.d"))
+    same(sorted(entry.name for entry in entries), sorted(names - {"su"} | {"new"}))
+    same([entry.name for entry in entries if not entry.is_file() or entry.inode() != os.stat(entry.path).st_ino], [])
+    fails(errno.ENOENT, os.stat, "/etc/pam.d/su")
+    same(get("/etc/pam.d/su-l"), b"anew")
+
+
+@case
+def image_directory_is_removed_and_made_anew():
+    shutil.rmtree("/usr/share/debconf")
+    same(os.path.exists("/usr/share/debconf"), False)
+    os.mkdir("/usr/share/debconf")
+    same(os.listdir("/usr/share/debconf"), [])
+    put("/usr/share/debconf/frontend", b"anew")
+    same((os.listdir("/usr/share/debconf"), get("/usr/share/debconf/frontend")), (["frontend"], b"anew"))
+
+
+@case
+def image_directory_is_moved():
+    files = lambda top: sorted(os.path.relpath(os.path.join(at, name), top) for at, _, names in os.walk(top) for name in names)  # noqa: E731
+    before = files("/etc/apt")
+    shutil.move("/etc/apt", "/etc/moved")
+    same((files("/etc/moved"), os.path.exists("/etc/apt")), (before, False))
+    same(before != [], True)
 
 
 # News of changes

@@ -1,7 +1,9 @@
 //! What the end-to-end suites share: running commands where the containers run, and naming things uniquely.
 //!
 //! `KATA_RS_TARGET=direct` runs them on this machine; otherwise they run in the test host (`tests/host/run`).
-//! Behaviour is proved in `e2e/`; nothing here knows about a particular suite.
+//! Behaviour is proved in `e2e/`; nothing here knows about a particular suite. `lists` is what file systems are tried with.
+
+pub mod lists;
 
 use std::io::Write;
 use std::process::{Command, Stdio};
