@@ -157,7 +157,8 @@ impl Ioapic {
             let entry = inner.state.redirection[pin];
             if entry & entry::LEVEL != 0 && entry & entry::VECTOR == u64::from(vector) {
                 inner.state.redirection[pin] &= !entry::REMOTE_IRR;
-                inner.signal_if_asserted(pin);
+                // That used buffers were acknowledged, the device does not see.
+                inner.signal_if_asserted(pin, Interrupt::CONFIG);
             }
         }
     }
@@ -248,7 +249,7 @@ impl Inner {
                 self.update_routes()?;
                 if unmasked {
                     // What the device signalled while the pin had no route is lost; its line still stands.
-                    self.signal_if_asserted(pin);
+                    self.signal_if_asserted(pin, u32::MAX);
                 }
             }
             _ => {}
@@ -273,11 +274,11 @@ impl Inner {
         Ok(())
     }
 
-    fn signal_if_asserted(&self, pin: usize) {
+    fn signal_if_asserted(&self, pin: usize, causes: u32) {
         if self.state.redirection[pin] & entry::MASKED == 0
             && let Some(Some(interrupt)) = self.lines.get(pin)
         {
-            interrupt.signal_if_pending();
+            interrupt.signal_if_pending(causes);
         }
     }
 }
@@ -300,6 +301,7 @@ fn route(gsi: u32, entry: u64) -> Route {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::registers::Page;
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     #[derive(Clone, Default)]
@@ -391,7 +393,7 @@ mod tests {
     fn an_interrupt_that_came_while_masked_is_signalled_on_unmasking() {
         let (ioapic, _) = ioapic(2);
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let interrupt = Interrupt::new(line.try_clone().unwrap());
+        let interrupt = Interrupt::new(line.try_clone().unwrap(), Page::alone());
         ioapic.wire(1, interrupt.clone());
         write(&ioapic, IOREDTBL + 2, 0x31);
         assert!(line.read().is_err(), "nothing was pending");
@@ -406,16 +408,16 @@ mod tests {
     fn a_level_interrupt_that_still_stands_is_sent_again_after_its_eoi() {
         let (ioapic, _) = ioapic(2);
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let interrupt = Interrupt::new(line.try_clone().unwrap());
+        let interrupt = Interrupt::new(line.try_clone().unwrap(), Page::alone());
         ioapic.wire(1, interrupt.clone());
         write(&ioapic, IOREDTBL + 2, 0x8031);
-        interrupt.used();
+        interrupt.config_changed(|_| ());
         line.read().unwrap();
         ioapic.end_of_interrupt(0x32);
         assert!(line.read().is_err(), "another vector");
         ioapic.end_of_interrupt(0x31);
         assert_eq!(line.read().unwrap(), 1);
-        interrupt.acknowledge(Interrupt::USED);
+        interrupt.acknowledge(Interrupt::CONFIG);
         ioapic.write(EOIR, &0x31_u32.to_le_bytes());
         assert!(line.read().is_err(), "the device has been served");
     }

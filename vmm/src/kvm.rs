@@ -6,7 +6,9 @@
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_MEM_READONLY, kvm_enable_cap, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::arch::x86_64::{cpuid, layout, msr};
@@ -58,12 +60,13 @@ pub struct Created {
 }
 
 /// What the VM is built on; each with the name that the kernel's documentation uses.
-const REQUIRED: [(Cap, &str); 8] = [
+const REQUIRED: [(Cap, &str); 9] = [
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
@@ -172,6 +175,22 @@ pub fn set_memory(vm: &VmFd, ranges: &[Range]) -> Result<(), Error> {
         )))?;
     }
     Ok(())
+}
+
+/// Shows `range` to the guest, in memory slot `slot`: reads find what is there, writes are exits.
+///
+/// # Errors
+/// [`Error::Ioctl`] when KVM refuses it.
+pub fn show_registers(vm: &VmFd, slot: u32, range: &Range) -> Result<(), Error> {
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr: range.guest,
+        memory_size: range.len,
+        userspace_addr: range.host,
+    };
+    // SAFETY: the range is mapped for as long as the process lives (`registers::Bank`), and lies apart from memory.
+    unsafe { vm.set_user_memory_region(region) }.map_err(ioctl("show the devices' registers"))
 }
 
 fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {

@@ -31,6 +31,7 @@ use crate::virtio::fs::ShareError;
 use crate::virtio::mmio::{self, Mmio};
 use crate::virtio::net::{self, TapError};
 use crate::virtio::rate_limiter::LimitError;
+use crate::virtio::registers::Bank;
 
 /// Why a request to the machine failed.
 #[derive(Debug, thiserror::Error)]
@@ -240,7 +241,8 @@ impl Machine {
             handles,
             early_console,
         } = devices::create(config, pluggable.as_ref(), &mut descriptors, timeline)?;
-        let placed = place(named, &memory, pluggable.as_ref())?;
+        let registers = Bank::new(named.len()).map_err(host("cannot map the devices' registers"))?;
+        let placed = place(named, &registers, &memory, pluggable.as_ref())?;
         let slots: Vec<_> = placed.iter().map(|placed| placed.slot).collect();
         let shape = cmdline::Shape {
             verbose: config.verbose_console,
@@ -262,8 +264,10 @@ impl Machine {
             let created = kvm::create(kvm, config.vcpus, config.max_vcpus)?;
             let ranges = memory::ranges(&ram);
             kvm::set_memory(&created.vm, &ranges)?;
+            let next_slot = ranges.len() as u32;
+            kvm::show_registers(&created.vm, next_slot, &registers.range(layout::VIRTIO_MMIO_BASE))?;
             if let Some(pluggable) = &pluggable {
-                pluggable.connect(created.vm.clone(), ranges.len() as u32);
+                pluggable.connect(created.vm.clone(), next_slot + 1);
             }
             connect(&created.vm, &placed)?;
             timeline.record(Stage::VmCreated);
@@ -450,6 +454,7 @@ fn wait_all(handles: &[Handle], state: State) -> Result<(), Error> {
 /// Gives each device registers, an address and an interrupt.
 fn place(
     named: Vec<Named>,
+    registers: &Bank,
     memory: &GuestMemory,
     pluggable: Option<&Arc<Pluggable>>,
 ) -> Result<Vec<Placed>, Error> {
@@ -464,10 +469,11 @@ fn place(
     let event = host("cannot make an event descriptor");
     named
         .into_iter()
+        .zip(registers.pages())
         .enumerate()
-        .map(|(index, Named { name, device })| {
+        .map(|(index, (Named { name, device }, page))| {
             let line = EventFd::new(EFD_NONBLOCK)?;
-            let interrupt = Interrupt::new(line.try_clone()?);
+            let interrupt = Interrupt::new(line.try_clone()?, page);
             let transport = Arc::new(Mmio::new(
                 name,
                 device,
@@ -495,7 +501,12 @@ fn pins(placed: &[Placed]) -> u8 {
 }
 
 /// Connects each device's interrupt and queues to KVM, so that neither passes through user space.
+///
+/// Also the acknowledgement of used buffers ends in KVM, where nobody reads it: a driver that finds this bit of
+/// `InterruptStatus` set for good looks into its queues at an interrupt that was for the configuration alone, and
+/// finds nothing. An interrupt's other cause, alone or together with this one, is acknowledged to the device.
 fn connect(vm: &VmFd, placed: &[Placed]) -> Result<(), Error> {
+    let acknowledged = EventFd::new(EFD_NONBLOCK).map_err(host("cannot make an event descriptor"))?;
     for Placed {
         transport,
         line,
@@ -504,6 +515,9 @@ fn connect(vm: &VmFd, placed: &[Placed]) -> Result<(), Error> {
     {
         vm.register_irqfd(line, u32::from(slot.gsi))
             .map_err(ioctl("connect a device's interrupt"))?;
+        let address = IoEventAddress::Mmio(slot.address + mmio::register::INTERRUPT_ACK);
+        vm.register_ioevent(&acknowledged, &address, Interrupt::USED)
+            .map_err(ioctl("connect a device's acknowledgement"))?;
         let address = IoEventAddress::Mmio(slot.address + mmio::register::QUEUE_NOTIFY);
         for (queue, event) in transport.notify_events().iter().enumerate() {
             vm.register_ioevent(event, &address, queue as u32)

@@ -388,6 +388,40 @@ fn a_guest_that_talks_to_nothing_gets_ones_and_no_harm() {
 }
 
 #[test]
+fn a_driver_reads_registers_and_acknowledges_interrupts_without_the_vmm() {
+    let code = [
+        // cmp dword [0xd0000000], "virt"; jne reset; mov ecx, 1000
+        &[
+            0x81, 0x3d, 0x00, 0x00, 0x00, 0xd0, 0x76, 0x69, 0x72, 0x74, 0x75, 0x23,
+        ][..],
+        &[0xb9, 0xe8, 0x03, 0x00, 0x00],
+        // again: mov eax, [0xd0000060] (InterruptStatus); mov dword [0xd0000064], 1 (InterruptACK); dec ecx; jnz again
+        &[0xa1, 0x60, 0x00, 0x00, 0xd0],
+        &[0xc7, 0x05, 0x64, 0x00, 0x00, 0xd0, 0x01, 0x00, 0x00, 0x00],
+        &[0x49, 0x75, 0xee],
+        // mov dword [0xd00000f8], 1: no register
+        &[0xc7, 0x05, 0xf8, 0x00, 0x00, 0xd0, 0x01, 0x00, 0x00, 0x00],
+        SPIN,
+        RESET,
+    ]
+    .concat();
+    let Some(mut vmm) = configured(&kernel(&code), config()) else {
+        return;
+    };
+    vmm.done(RequestBody::Boot);
+    loop {
+        let Ok(Reply::Metrics(metrics)) = vmm.request(RequestBody::Metrics, &[]).result else {
+            panic!("no metrics")
+        };
+        let (_, counters) = &metrics.devices[0];
+        if counters.contains(&("refused_accesses".to_owned(), 1)) {
+            assert!(metrics.vcpu_exits < 10, "{metrics:?}");
+            return;
+        }
+    }
+}
+
+#[test]
 fn a_sandbox_of_another_release_is_refused_whatever_else_it_says() {
     let mut vmm = Vmm::start();
     let response = vmm.raw(br#"{"id":9,"body":{"configure":{"version":99,"config":{"from":"the future"}}}}"#);

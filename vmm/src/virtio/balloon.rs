@@ -108,7 +108,9 @@ impl BalloonHandle {
             .target
             .store(mib.saturating_mul(pages_per_mib), Ordering::Relaxed);
         if let Some(interrupt) = &*self.0.interrupt.lock().unwrap_or_else(PoisonError::into_inner) {
-            interrupt.config_changed();
+            interrupt.config_changed(|space| {
+                space[..4].copy_from_slice(&self.0.target.load(Ordering::Relaxed).to_le_bytes());
+            });
         }
     }
 

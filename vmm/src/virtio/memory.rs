@@ -147,7 +147,7 @@ impl MemoryHandle {
         inner.waiting = true;
         self.0.announce_if_reached(&mut inner);
         if let Some(interrupt) = &inner.interrupt {
-            interrupt.config_changed();
+            interrupt.config_changed(|space| inner.put_sizes(space));
         }
         true
     }
@@ -187,20 +187,10 @@ impl Device for Memory {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let range = self.shared.region.range();
         let inner = self.shared.lock();
-        // block_size, node_id with padding, addr, region_size, usable_region_size, plugged_size, requested_size.
-        let fields = [
-            BLOCK,
-            0,
-            range.guest,
-            range.len,
-            inner.state.usable,
-            inner.plugged_bytes(),
-            inner.state.requested,
-        ];
         let mut space = [0; 56];
-        for (bytes, field) in space.chunks_exact_mut(8).zip(fields) {
-            bytes.copy_from_slice(&field.to_le_bytes());
-        }
+        // block_size, node_id with padding, addr, region_size; the sizes follow.
+        put(&mut space, [BLOCK, 0, range.guest, range.len]);
+        inner.put_sizes(&mut space);
         super::copy_config(&space, offset, data);
     }
 
@@ -258,7 +248,22 @@ impl Blocks {
     }
 }
 
+/// Puts fields of the configuration space one after the other.
+fn put<const N: usize>(space: &mut [u8], fields: [u64; N]) {
+    for (bytes, field) in space.chunks_exact_mut(8).zip(fields) {
+        bytes.copy_from_slice(&field.to_le_bytes());
+    }
+}
+
 impl Inner {
+    /// Puts usable_region_size, plugged_size and requested_size where the configuration space has them.
+    fn put_sizes(&self, space: &mut [u8]) {
+        put(
+            &mut space[32..],
+            [self.state.usable, self.plugged_bytes(), self.state.requested],
+        );
+    }
+
     fn plugged_bytes(&self) -> u64 {
         self.plugged_blocks * BLOCK
     }
@@ -299,7 +304,12 @@ impl Shared {
         address.copy_from_slice(&request[8..16]);
         let (kind, address, count) = (word(0), u64::from_le_bytes(address), word(16));
         let mut inner = self.lock();
+        let before = inner.plugged_blocks;
         let (response, state) = self.handle(&mut inner, kind, address, count);
+        if let (Some(interrupt), true) = (&inner.interrupt, inner.plugged_blocks != before) {
+            // The driver knows, but may look.
+            interrupt.page().change_config(|space| inner.put_sizes(space));
+        }
         self.announce_if_reached(&mut inner);
         drop(inner);
         let mut bytes = [0; RESPONSE_SIZE];
@@ -411,7 +421,7 @@ impl Shared {
         if usable != inner.state.usable {
             inner.set_usable(usable);
             if let Some(interrupt) = &inner.interrupt {
-                interrupt.config_changed();
+                interrupt.config_changed(|space| inner.put_sizes(space));
             }
         }
         Response::Ack

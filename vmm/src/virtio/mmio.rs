@@ -1,6 +1,9 @@
 //! The virtio-over-MMIO transport (Virtual I/O Device specification 1.3, section 4.2): registers, status
 //! machine, feature negotiation and queue set-up.
 //!
+//! What the driver reads lies in a page that KVM shows to it ([`registers`](super::registers)); what it writes comes
+//! here, but for notifications and most acknowledgements.
+//!
 //! The driver is not trusted. What it does out of turn is ignored and counted; what it sets up wrongly makes
 //! the device say `DEVICE_NEEDS_RESET`. Queue contents are the devices' business.
 
@@ -12,6 +15,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::registers::CONFIG_SIZE;
 use super::{Activation, ActiveQueue, Device, Interrupt};
 use crate::bus::MmioDevice;
 use crate::memory::GuestMemory;
@@ -161,13 +165,27 @@ impl Mmio {
             active: false,
         };
         inner.reset();
-        Ok(Self {
+        let page = interrupt.page();
+        page.set(register::MAGIC_VALUE, MAGIC);
+        page.set(register::VERSION, TRANSPORT_VERSION);
+        page.set(register::DEVICE_ID, inner.device.device_type() as u32);
+        page.set(register::VENDOR_ID, VENDOR);
+        // A region that does not exist has length and address -1 (section 4.2.2).
+        for offset in (register::SHM_LEN_LOW..=register::SHM_BASE_HIGH).step_by(4) {
+            page.set(offset, u32::MAX);
+        }
+        let mmio = Self {
             name,
             interrupt,
             notify,
             refused: AtomicU64::new(0),
             inner: Mutex::new(inner),
-        })
+        };
+        let inner = mmio.lock();
+        mmio.show(&inner);
+        mmio.show_config(&inner);
+        drop(inner);
+        Ok(mmio)
     }
 
     /// The device's name in reports.
@@ -207,16 +225,30 @@ impl Mmio {
         self.refused.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn read_register(&self, offset: u64) -> u32 {
-        match offset {
-            register::MAGIC_VALUE => MAGIC,
-            register::VERSION => TRANSPORT_VERSION,
-            register::VENDOR_ID => VENDOR,
-            register::INTERRUPT_STATUS => self.interrupt.status(),
-            register::CONFIG_GENERATION => self.interrupt.generation(),
-            // A region that does not exist has length and address -1 (section 4.2.2).
-            register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
-            _ => self.lock().read(offset),
+    /// Puts the registers that a write may have changed where the driver reads them.
+    fn show(&self, inner: &Inner) {
+        let page = self.interrupt.page();
+        for offset in [
+            register::DEVICE_FEATURES,
+            register::QUEUE_SIZE_MAX,
+            register::QUEUE_READY,
+            register::STATUS,
+        ] {
+            page.set(offset, inner.read(offset));
+        }
+    }
+
+    /// Puts the configuration space where the driver reads it. Whether it is not what was there.
+    fn show_config(&self, inner: &Inner) -> bool {
+        let page = self.interrupt.page();
+        loop {
+            let generation = page.generation();
+            let mut space = [0; CONFIG_SIZE];
+            inner.device.read_config(0, &mut space);
+            // A device may change it meanwhile, and that must stand.
+            if let Some(changed) = page.replace_config(generation, &space) {
+                return changed;
+            }
         }
     }
 
@@ -229,16 +261,34 @@ impl Mmio {
             register::STATUS => self.write_status(value),
             // A queue that does not exist, or KVM would have taken it.
             register::QUEUE_NOTIFY => false,
-            _ => self.lock().write(offset, value),
+            _ => {
+                let mut inner = self.lock();
+                let accepted = inner.write(offset, value);
+                self.show(&inner);
+                accepted
+            }
         };
         if !accepted {
             self.refuse();
         }
     }
 
-    /// The driver moves through section 3.1.1 one bit at a time, or resets.
     fn write_status(&self, value: u32) -> bool {
         let mut inner = self.lock();
+        let accepted = self.move_status(&mut inner, value);
+        let changed = self.show_config(&inner);
+        self.show(&inner);
+        let needs_reset = inner.status & status::DEVICE_NEEDS_RESET != 0;
+        drop(inner);
+        // Devices do not interrupt before they are activated, but the driver has looked already.
+        if needs_reset && !accepted || changed && value & status::DRIVER_OK != 0 {
+            self.interrupt.config_changed(|_| ());
+        }
+        accepted
+    }
+
+    /// The driver moves through section 3.1.1 one bit at a time, or resets.
+    fn move_status(&self, inner: &mut Inner, value: u32) -> bool {
         if value == 0 {
             inner.reset();
             self.interrupt.acknowledge(u32::MAX);
@@ -264,8 +314,6 @@ impl Mmio {
                 inner.status |= status::DRIVER_OK;
                 if !inner.activate(&self.interrupt, &self.notify) {
                     inner.status |= status::DEVICE_NEEDS_RESET;
-                    drop(inner);
-                    self.interrupt.config_changed();
                     return false;
                 }
             }
@@ -277,15 +325,9 @@ impl Mmio {
 }
 
 impl MmioDevice for Mmio {
+    /// What the driver finds without this module's help: KVM shows it the page.
     fn read(&self, offset: u64, data: &mut [u8]) {
-        if let Some(offset) = offset.checked_sub(register::CONFIG) {
-            data.fill(0);
-            self.lock().device.read_config(offset, data);
-        } else if let ([a, b, c, d], true) = (&mut *data, offset.is_multiple_of(4)) {
-            [*a, *b, *c, *d] = self.read_register(offset).to_le_bytes();
-        } else {
-            self.refuse();
-        }
+        self.interrupt.page().read(offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
@@ -293,6 +335,7 @@ impl MmioDevice for Mmio {
             let mut inner = self.lock();
             if inner.status & (status::DRIVER | status::FAILED) == status::DRIVER {
                 inner.device.write_config(offset, data);
+                self.show_config(&inner);
             } else {
                 self.refuse();
             }
@@ -350,7 +393,6 @@ impl Inner {
 
     fn read(&self, offset: u64) -> u32 {
         match offset {
-            register::DEVICE_ID => self.device.device_type() as u32,
             register::DEVICE_FEATURES => half(self.offered(), self.device_features_sel),
             register::QUEUE_SIZE_MAX => self.selected().map_or(0, |queue| u32::from(queue.max_size)),
             register::QUEUE_READY => self.selected().map_or(0, |queue| u32::from(queue.ready)),

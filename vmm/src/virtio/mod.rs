@@ -15,6 +15,7 @@ pub mod memory;
 pub mod net;
 pub mod queue;
 pub mod rate_limiter;
+pub mod registers;
 pub mod rng;
 #[cfg(test)]
 mod test_driver;
@@ -22,11 +23,13 @@ pub mod vsock;
 pub mod worker;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::mmio::register;
+use self::registers::Page;
 use crate::memory::GuestMemory;
 use crate::pluggable::{Hold, Pluggable};
 
@@ -141,8 +144,7 @@ pub enum ActivateError {
 /// Interrupts the driver (specification section 4.2.2, `InterruptStatus`).
 #[derive(Clone)]
 pub struct Interrupt {
-    status: Arc<AtomicU32>,
-    generation: Arc<AtomicU32>,
+    page: Page,
     line: Arc<EventFd>,
 }
 
@@ -152,14 +154,19 @@ impl Interrupt {
     /// `InterruptStatus` bit 1: the configuration space has changed.
     pub const CONFIG: u32 = 2;
 
-    /// An interrupt that raises `line`, an irqfd.
+    /// An interrupt that raises `line`, an irqfd, and says why in the device's `page`.
     #[must_use]
-    pub fn new(line: EventFd) -> Self {
+    pub fn new(line: EventFd, page: Page) -> Self {
         Self {
-            status: Arc::default(),
-            generation: Arc::default(),
+            page,
             line: Arc::new(line),
         }
+    }
+
+    /// Where the driver reads status and configuration.
+    #[must_use]
+    pub fn page(&self) -> &Page {
+        &self.page
     }
 
     /// Tells the driver that buffers were used.
@@ -167,39 +174,43 @@ impl Interrupt {
         self.raise(Self::USED);
     }
 
-    /// Tells the driver that the configuration space has changed.
-    pub fn config_changed(&self) {
-        self.generation.fetch_add(1, Ordering::Release);
+    /// Lets `change` change the configuration space ([`Page::change_config`]) and tells the driver.
+    pub fn config_changed(&self, change: impl FnOnce(&mut [u8])) {
+        self.page.change_config(change);
         self.raise(Self::CONFIG);
     }
 
     /// The bits of `InterruptStatus`.
     #[must_use]
     pub fn status(&self) -> u32 {
-        self.status.load(Ordering::Acquire)
+        u32::from_le(self.page.word(register::INTERRUPT_STATUS).load(Ordering::Acquire))
     }
 
     /// The driver wrote `InterruptACK`.
     pub fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::AcqRel);
+        self.page
+            .word(register::INTERRUPT_STATUS)
+            .fetch_and(!bits.to_le(), Ordering::AcqRel);
     }
 
     /// `ConfigGeneration`.
     #[must_use]
     pub fn generation(&self) -> u32 {
-        self.generation.load(Ordering::Acquire)
+        self.page.generation()
     }
 
-    /// Raises the line once more if the driver has not acknowledged everything: for an interrupt controller
-    /// that dropped the signal.
-    pub fn signal_if_pending(&self) {
-        if self.status() != 0 {
+    /// Raises the line once more if one of these causes is not acknowledged: for an interrupt controller that
+    /// dropped the signal. [`Self::USED`] is not seen to be acknowledged, once it was raised.
+    pub fn signal_if_pending(&self, causes: u32) {
+        if self.status() & causes != 0 {
             let _ = self.line.write(1);
         }
     }
 
     fn raise(&self, bit: u32) {
-        self.status.fetch_or(bit, Ordering::AcqRel);
+        self.page
+            .word(register::INTERRUPT_STATUS)
+            .fetch_or(bit.to_le(), Ordering::AcqRel);
         // An eventfd write fails only when its 64-bit counter is full: the interrupt is pending then anyway.
         let _ = self.line.write(1);
     }

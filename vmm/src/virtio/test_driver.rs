@@ -9,6 +9,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::registers::Page;
 use super::{Activation, ActiveQueue, Device, Interrupt};
 use crate::memory::GuestMemory;
 use crate::pluggable::Pluggable;
@@ -77,7 +78,7 @@ impl Driver {
     pub fn new(sizes: &[u16]) -> Self {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), Self::MEMORY as usize)]).unwrap();
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let interrupt = Interrupt::new(line.try_clone().unwrap());
+        let interrupt = Interrupt::new(line.try_clone().unwrap(), Page::alone());
         let ring = |(index, &size): (usize, &u16)| Ring {
             size,
             base: 0x1000 + index as u64 * Self::RING_STRIDE,

@@ -267,7 +267,7 @@ impl Slot {
     fn announce(&self, inner: &Inner, capacity: u64) {
         self.common.capacity.store(capacity, Ordering::Release);
         if let Some(interrupt) = &inner.interrupt {
-            interrupt.config_changed();
+            interrupt.config_changed(|space| space[..8].copy_from_slice(&capacity.to_le_bytes()));
         }
     }
 

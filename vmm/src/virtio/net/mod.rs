@@ -121,6 +121,16 @@ struct Common {
 }
 
 impl Common {
+    /// Puts the link's state where the configuration space has it.
+    fn put_link(&self, space: &mut [u8]) {
+        let status = if self.link_up.load(Ordering::Acquire) {
+            LINK_UP
+        } else {
+            0
+        };
+        space[6..8].copy_from_slice(&status.to_le_bytes());
+    }
+
     fn learn(&self, backing: Option<&Backing>) {
         if backing.is_some_and(|backing| backing.tap.has_uso()) {
             self.has_uso.store(true, Ordering::Relaxed);
@@ -293,7 +303,7 @@ impl Slot {
 
     fn announce(&self, inner: &Inner) {
         if let Some(interrupt) = &inner.interrupt {
-            interrupt.config_changed();
+            interrupt.config_changed(|space| self.common.put_link(space));
         }
     }
 
@@ -347,9 +357,7 @@ impl Device for Net {
         // offered.
         let mut space = [0; 8];
         space[..6].copy_from_slice(&self.mac);
-        if self.slot.common.link_up.load(Ordering::Acquire) {
-            space[6..].copy_from_slice(&LINK_UP.to_le_bytes());
-        }
+        self.slot.common.put_link(&mut space);
         super::copy_config(&space, offset, data);
     }
 

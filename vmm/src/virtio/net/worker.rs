@@ -207,7 +207,8 @@ impl Server {
     fn lose_tap(&mut self) {
         eprintln!("kata-rs-vmm: the tap of a network device is gone, its link is down");
         self.disconnect();
-        self.interrupt.config_changed();
+        let common = &self.common;
+        self.interrupt.config_changed(|space| common.put_link(space));
     }
 
     /// Reads frames while the tap has some and the driver room for them, at most [`TURN`]. True when there may be more.
