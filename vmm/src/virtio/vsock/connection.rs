@@ -75,6 +75,7 @@ pub struct Connection {
     writable: bool,
     pending: VecDeque<u8>,
     guest_ended: bool,
+    write_ended: bool,
     forwarded: Wrapping<u32>,
     announced: Wrapping<u32>,
 
@@ -102,6 +103,7 @@ impl Connection {
             writable: true,
             pending: VecDeque::new(),
             guest_ended: false,
+            write_ended: false,
             forwarded: Wrapping(0),
             announced: Wrapping(0),
             say_opening: Some(opening),
@@ -285,7 +287,10 @@ impl Connection {
     /// Shuts the socket's sending half down once the guest has ended and everything has been written.
     fn finish_writing(&mut self) {
         if self.guest_ended && self.pending.is_empty() {
-            self.shutdown_socket(Shutdown::Write);
+            // Only once: to end a half is an event of the socket, which leads here again.
+            if !std::mem::replace(&mut self.write_ended, true) {
+                self.shutdown_socket(Shutdown::Write);
+            }
             self.close_when_done();
         }
     }

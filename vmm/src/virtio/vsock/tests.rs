@@ -10,11 +10,12 @@ use std::time::Duration;
 use protocol::channel::{self, Received};
 use protocol::stream::VsockOpen;
 
-use super::connection::BUFFER;
+use super::connection::{BUFFER, Connection, Ports, Verdict};
 use super::packet::{
     HEADER_SIZE, Header, Operation, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
 };
 use super::*;
+use crate::virtio::queue::Iovecs;
 use crate::virtio::test_driver::{Buffer, Driver};
 
 const CID: u32 = 3;
@@ -327,6 +328,38 @@ fn the_guest_may_end_its_half_and_still_receive() {
     );
     world.shutdown(SHUTDOWN_BOTH);
     while world.receive_operation().0 != Operation::Reset {}
+}
+
+#[test]
+fn a_connection_whose_half_the_guest_has_ended_falls_silent() {
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let poller = Workers::new().unwrap().poller().unwrap();
+    let watched = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+    poller.add(ours.as_raw_fd(), 7, watched).unwrap();
+    let ports = Ports {
+        host: PORT,
+        guest: GUEST_PORT,
+    };
+    let mut connection = Connection::from_guest(ports, ours.into(), &header(Operation::Request, 0));
+    let end = Header {
+        flags: SHUTDOWN_SEND,
+        ..header(Operation::Shutdown, 0)
+    };
+    let memory = Driver::new(&[]).memory;
+    let verdict = connection.receive(&end, &memory, &Chain::default(), &mut Iovecs::default());
+    assert_eq!(verdict, Verdict::Keep);
+    let mut events = Events::default();
+    for _ in 0..8 {
+        let reported = poller.wait(&mut events, false).unwrap();
+        if reported.is_empty() {
+            return;
+        }
+        for event in reported {
+            connection.socket_event(event.event_set());
+        }
+    }
+    panic!("there is no end of events");
 }
 
 #[test]
