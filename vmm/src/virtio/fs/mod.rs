@@ -27,7 +27,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::counter;
 use super::queue::{Chain, DeviceQueue, Violations};
 use super::worker::{Events, Poller, STOP, Workers};
-use super::{ActivateError, Activation, Device, DeviceType};
+use super::{ActivateError, Activation, Device, DeviceType, Interrupt};
 use request::Carrier;
 use share::Share;
 use table::{MAX_SHARES, Tree};
@@ -178,6 +178,7 @@ impl Device for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let interrupt = activation.interrupt.clone();
         let queues: [DeviceQueue; 2] = DeviceQueue::take(activation, "fs", &self.violations)?;
         self.workers = Workers::new()?;
         let poller = self.workers.poller()?;
@@ -188,6 +189,7 @@ impl Device for Fs {
         let server = Arc::new(Server::new(self.tree.clone()));
         let shared = Arc::new(Shared {
             queues: queues.map(Mutex::new),
+            interrupt,
             poller,
             idle: AtomicUsize::new(0),
             counters: self.counters.clone(),
@@ -224,6 +226,7 @@ impl Device for Fs {
 /// What the threads share.
 struct Shared {
     queues: [Mutex<DeviceQueue>; 2],
+    interrupt: Interrupt,
     poller: Poller,
     /// How many threads wait.
     idle: AtomicUsize,
@@ -265,8 +268,11 @@ impl Shared {
             0
         });
         queue.push(chain.head(), written);
-        queue.interrupt();
+        let wanted = queue.wants_interrupt();
         drop(queue);
+        if wanted {
+            self.interrupt.used();
+        }
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
         self.counters
             .bytes_from_guest

@@ -236,9 +236,18 @@ impl DeviceQueue {
 
     /// Interrupts the driver if it wants to know about what was pushed since the last call.
     pub fn interrupt(&mut self) {
+        if self.wants_interrupt() {
+            self.interrupt.used();
+        }
+    }
+
+    /// Whether the driver wants an interrupt for what was pushed since the last call. The caller sends it, and holds
+    /// no lock then: the guest may run at once, on this processor.
+    #[must_use]
+    pub fn wants_interrupt(&mut self) -> bool {
         let pushed = std::mem::take(&mut self.unannounced);
         if self.stopped || pushed == 0 {
-            return;
+            return false;
         }
         // The driver must see the used entries before its wish is read (section 2.7.7.2).
         fence(Ordering::SeqCst);
@@ -257,15 +266,10 @@ impl DeviceQueue {
             Ok(wish) if event_idx => {
                 let used = self.queue.next_used();
                 // Whether `used_event` is among the entries that were added since.
-                if used.wrapping_sub(wish).wrapping_sub(1) < pushed {
-                    self.interrupt.used();
-                }
+                used.wrapping_sub(wish).wrapping_sub(1) < pushed
             }
-            Ok(flags) if u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT != 0 => {}
-            Ok(_) => self.interrupt.used(),
-            Err(error) => {
-                self.stop(&QueueError::Available(virtio_queue::Error::GuestMemory(error)));
-            }
+            Ok(flags) => u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0,
+            Err(error) => self.stop(&QueueError::Available(virtio_queue::Error::GuestMemory(error))),
         }
     }
 
