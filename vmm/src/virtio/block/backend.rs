@@ -229,6 +229,17 @@ impl Transfer {
         }
     }
 
+    /// Whether it is a read from an extent that [`Extent::waits`].
+    #[must_use]
+    pub fn waits(&self, backing: &Backing) -> bool {
+        match self {
+            Self::Read { offset, length, .. } => backing
+                .one_piece(*offset, *length as u64)
+                .is_some_and(|piece| piece.extent.waits),
+            _ => false,
+        }
+    }
+
     /// Does the whole transfer now.
     #[must_use]
     pub fn run(&self, backing: &Backing) -> Status {

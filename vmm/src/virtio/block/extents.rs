@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use protocol::vmm::MAX_EXTENTS;
 use rustix::fs::{FileType, OFlags, SeekFrom};
@@ -66,6 +66,9 @@ pub struct Extent {
     pub is_device: bool,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Whether the kernel cannot read from it without waiting, whatever its cache has (no `FMODE_NOWAIT`): so with
+    /// device mapper's thin volumes. io_uring then has a thread of its own do it.
+    pub waits: bool,
     /// Where on the device it begins, in bytes.
     start: u64,
     /// How much of the device it fills, in bytes.
@@ -166,15 +169,24 @@ impl Backing {
             .checked_add(length)
             .filter(|end| i64::try_from(*end).is_ok())
             .ok_or(BackingError::TooLong)?;
+        let waits = held > 0 && reading_waits(&fd);
         self.extents.push(Extent {
             file: File::from(fd),
             is_device,
             read_only,
+            waits,
             start,
             length,
             held: held.min(length),
         });
         Ok(())
+    }
+
+    /// The same, read from like a backing that [`Extent::waits`].
+    #[cfg(test)]
+    pub fn waiting(mut self) -> Self {
+        self.extents.iter_mut().for_each(|extent| extent.waits = true);
+        self
     }
 
     /// Whether all writes are refused.
@@ -249,6 +261,18 @@ impl<'a> Iterator for Pieces<'a> {
             held,
         })
     }
+}
+
+/// Whether reading from a descriptor may always wait.
+fn reading_waits(fd: &OwnedFd) -> bool {
+    let mut byte = [0];
+    let part = libc::iovec {
+        iov_base: byte.as_mut_ptr().cast(),
+        iov_len: byte.len(),
+    };
+    // SAFETY: the kernel writes at most the byte that the one iovec names.
+    let result = unsafe { libc::preadv2(fd.as_raw_fd(), &raw const part, 1, 0, libc::RWF_NOWAIT) };
+    result < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP)
 }
 
 /// Whether a descriptor that can be part of a disk is a block device.

@@ -102,6 +102,8 @@ struct Common {
 #[derive(Default)]
 struct Counters {
     reads: Counter,
+    /// Those of them that the device's own thread has waited for.
+    reads_waited_for: Counter,
     writes: Counter,
     flushes: Counter,
     discards: Counter,
@@ -398,6 +400,7 @@ impl Device for Block {
             ("flushes", &counters.flushes.times),
             ("discards", &counters.discards.times),
             ("errors", &counters.errors.times),
+            ("reads_waited_for", &counters.reads_waited_for.times),
         ];
         counter::report(counted, &self.violations)
     }

@@ -165,6 +165,41 @@ fn many_requests_are_in_flight_at_once() {
 }
 
 #[test]
+fn a_read_that_would_wait_elsewhere_is_waited_for_unless_others_would_wait_for_it() {
+    let (mut device, _handle) = Block::new("", Some(backing(&disk(64), false).waiting()));
+    let mut driver = Driver::activate(&mut device);
+    let waited_for = |device: &Block| {
+        let counters = device.counters();
+        counters
+            .into_iter()
+            .find(|(name, _)| name == "reads_waited_for")
+            .unwrap()
+            .1
+    };
+    for sector in 0..3 {
+        assert_eq!(read(&mut driver, sector, 1), (vec![sector as u8; 512], Some(OK)));
+    }
+    if super::backend::Ring::new(1).is_err() {
+        println!("skipped: this host has no io_uring, all reads are waited for");
+        return;
+    }
+    assert_eq!(waited_for(&device), 3);
+    let header = header(IN, 9);
+    let buffers = [Buffer::Out(&header), Buffer::In(512), Buffer::In(1)];
+    let together: Vec<_> = (0..8).map(|_| driver.prepare(0, &buffers)).collect();
+    driver.kick(0);
+    for id in together {
+        assert_eq!(driver.wait(0, id), [vec![9; 512], vec![OK]].concat());
+    }
+    assert_eq!(waited_for(&device), 3);
+    assert_eq!(read(&mut driver, 1, 1).1, Some(OK));
+    assert_eq!(waited_for(&device), 3, "there may be company again");
+    while waited_for(&device) == 3 {
+        assert_eq!(read(&mut driver, 2, 1), (vec![2; 512], Some(OK)));
+    }
+}
+
+#[test]
 fn what_lies_outside_of_the_disk_is_an_error() {
     both_ways(|make| {
         let (mut device, _handle) = make(Some(backing(&disk(8), false)));
