@@ -1,6 +1,9 @@
 """What the measurements share: containerd's client, the runtimes, and waiting for containers to go."""
 
+import contextlib
 import os
+import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -10,26 +13,73 @@ IMAGE = "localhost/busybox:1"
 ARCHIVE = "/var/lib/kata-rs-test/images/busybox.oci.tar"
 # Where the measurements keep their files while they run.
 WORK = "/run/kata-rs-bench"
+# Where gVisor's kernel leaves its last words.
+PANICS = f"{WORK}/panics"
 
-RUNTIMES = {
-    "kata-rs": ["--runtime", "io.containerd.kata-rs.v2"],
-    "runc": [],
-    "runsc": ["--runc-binary", "/usr/local/bin/runsc-systrap"],
-}
+
+# What failed: by part and case, how often, and why the last time. It goes into the tables as footnotes.
+FAILURES = {}
 
 
 class Failure(Exception):
     """A command failed; its text is what it said."""
 
 
+def failed(part, case, failure):
+    """Notes that a case of a part has failed in a round."""
+    why = reason(failure)
+    note(f"{part}, {case}: {why}")
+    entry = FAILURES.setdefault(part, {}).setdefault(case, {"times": 0})
+    entry["times"] += 1
+    entry["reason"] = why
+
+
+def reason(failure):
+    """Why: the panic of gVisor's kernel, if it left one since the last call, else what the command said."""
+    panics = sorted(pathlib.Path(PANICS).glob("*"))
+    text = "".join(path.read_text(errors="replace") for path in panics)
+    for path in panics:
+        path.unlink()
+    panic = next((line for line in text.splitlines() if line.startswith(("panic:", "fatal error:"))), None)
+    if panic is None:
+        return str(failure)
+    if "task goroutine for kernel.Task" in panic:
+        panic = re.sub(r"0x[0-9a-f]+|\d+", "…", panic)
+        return (
+            f"gVisor's kernel ended with `{panic}`: what it takes for the ids of its goroutines is 0 or some large number "
+            "in this build of it, and where it compares them (in read, wait4 and others that block) it ends when they differ"
+        )
+    return f"gVisor's kernel ended with `{panic}`"
+
+
+def gvisor(network):
+    """ctr's flags for runsc with this kind of network; when its kernel panics, `reason` finds out."""
+    os.makedirs(PANICS, exist_ok=True)
+    wrapper = f"{WORK}/runsc-network-{network}"
+    with open(wrapper, "w") as script:
+        script.write(f'#!/bin/sh\nexec runsc --platform=systrap --network={network} --panic-log={PANICS}/ "$@"\n')
+    os.chmod(wrapper, 0o755)
+    return ["--runc-binary", wrapper]
+
+
 def runtimes():
     """The runtimes that this machine has, with ctr's flags."""
-    return {name: flags for name, flags in RUNTIMES.items() if name != "runsc" or shutil.which("runsc-systrap")}
+    found = {"kata-rs": ["--runtime", "io.containerd.kata-rs.v2"], "runc": []}
+    if shutil.which("runsc"):
+        found["runsc"] = gvisor("none")
+    return found
+
+
+# Nothing that is measured takes as long, in seconds: a runtime that hangs has failed.
+PATIENCE = 180
 
 
 def command(*words, **keywords):
     """Runs a command and returns its output; Failure has its own words."""
-    done = subprocess.run(words, capture_output=True, text=True, **keywords)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, **keywords)
+    except subprocess.TimeoutExpired as late:
+        raise Failure(f"{' '.join(words)}: no end after {PATIENCE} s") from late
     if done.returncode != 0:
         raise Failure(f"{' '.join(words)}: status {done.returncode}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
@@ -54,12 +104,16 @@ def timed(function):
 
 def remove(name):
     """Kills and removes a container."""
-    subprocess.run(["ctr", "task", "kill", "-s", "KILL", name], capture_output=True)
+    with contextlib.suppress(Failure):
+        ctr("task", "kill", "-s", "KILL", name)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        done = subprocess.run(["ctr", "task", "rm", "-f", name], capture_output=True, text=True)
-        if done.returncode == 0 or "not found" in done.stderr:
+        try:
+            ctr("task", "rm", "-f", name)
             break
+        except Failure as failure:
+            if "not found" in str(failure):
+                break
         time.sleep(0.1)
     ctr("c", "rm", name)
 

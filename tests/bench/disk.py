@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 import sys
 
-from common import WORK, Failure, ctr, note, tools
+from common import WORK, Failure, ctr, failed, note, tools
 
 IMAGE = "localhost/kata-rs-bench-file:1"
 SIZE_MIB = 16
@@ -54,9 +54,8 @@ def prepared(runtimes, oci):
 
 
 def round_of(cases, number, results):
-    """One run per case in a fresh container: reads per second and mean latency in µs. What fails is told, once."""
-    for case in list(cases):
-        runtime, snapshotter, flags = case
+    """One run per case in a fresh container: reads per second and mean latency in µs."""
+    for runtime, snapshotter, flags in cases:
         try:
             text = ctr(
                 "run", "--rm", *flags, IMAGE, f"bench-read-{runtime}-{snapshotter}-{number}",
@@ -64,8 +63,7 @@ def round_of(cases, number, results):
                 f"--size={SIZE_MIB}m", "--ioengine=psync", "--invalidate=0", "--randrepeat=0", "--output-format=json",
             )
         except Failure as failure:
-            note(f"random reads, {runtime} on {snapshotter}: {failure}")
-            cases.remove(case)
+            failed("random_read", f"{runtime} {snapshotter}", failure)
             continue
         read = json.loads(text[text.index("{"):])["jobs"][0]["read"]
         note(f"random reads, {runtime} on {snapshotter}: {read['iops']:.0f}/s")

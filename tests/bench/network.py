@@ -4,7 +4,7 @@ import json
 import subprocess
 import time
 
-from common import IMAGE, WORK, Failure, command, ctr, note, remove, tools
+from common import IMAGE, Failure, command, ctr, failed, gvisor, note, remove, tools
 
 SECONDS = 3
 
@@ -22,33 +22,40 @@ def link(number):
 
 
 def prepared(runtimes):
-    """Starts one container per runtime; returns their names and the host's addresses. Failures are told and left out."""
+    """A network and ctr's flags for each runtime, by the title of its row."""
     mounts = tools("iperf3")
-    ready = {}
+    cases = {}
     for number, (runtime, flags) in enumerate(runtimes.items()):
-        name, title = f"bench-network-{number}", runtime
+        title = runtime
         namespace, address = link(number)
         if runtime == "runsc":
             # gVisor takes a namespace for the host's own, and refuses its stack there, when it has this file: from
             # Linux 6.12 on every namespace has. Then it takes the kernel's stack.
             own = subprocess.run(["ip", "netns", "exec", namespace, "test", "-e", "/proc/sys/net/core/rmem_default"]).returncode != 0
             title, flags = ("runsc, own stack", gvisor("sandbox")) if own else ("runsc, kernel's stack", gvisor("host"))
+        cases[title] = Case(f"bench-network-{number}", [*flags, *mounts], namespace, address)
+    return cases
+
+
+class Case:
+    """A container that is started when it is needed: again after a round in which something failed."""
+
+    def __init__(self, name, flags, namespace, address):
+        self.name, self.flags, self.namespace, self.address, self.runs = name, flags, namespace, address, False
+
+    def start(self):
+        """Starts the container if it does not run."""
+        if not self.runs:
+            ctr("run", "-d", "--with-ns", f"network:/run/netns/{self.namespace}", *self.flags, IMAGE, self.name, "sleep", "3600")
+            self.runs = True
+
+    def stop(self):
+        """Removes the container, if it came to be."""
+        self.runs = False
         try:
-            ctr("run", "-d", "--with-ns", f"network:/run/netns/{namespace}", *flags, *mounts, IMAGE, name, "sleep", "3600")
-            ready[title] = (name, address, namespace)
-        except Failure as failure:
-            note(f"network, {title}: {failure}")
-            remove_all(name, namespace)
-    return ready
-
-
-def gvisor(network):
-    """ctr's flags for runsc with this kind of network; the wrapper that the other cases use gives it none."""
-    wrapper = f"{WORK}/runsc-network-{network}"
-    with open(wrapper, "w") as script:
-        script.write(f'#!/bin/sh\nexec runsc --platform=systrap --network={network} "$@"\n')
-    subprocess.run(["chmod", "755", wrapper], check=True)
-    return ["--runc-binary", wrapper]
+            remove(self.name)
+        except Failure:
+            pass
 
 
 def inside(name, exec_id, *words):
@@ -56,35 +63,26 @@ def inside(name, exec_id, *words):
     return ctr("task", "exec", "--exec-id", exec_id, name, *words)
 
 
-def remove_all(name, namespace):
-    """Removes a container, if it came to be, and its network."""
-    subprocess.run(["ip", "link", "del", namespace], capture_output=True)
-    try:
-        remove(name)
-    except Failure:
-        pass
-    command("ip", "netns", "del", namespace)
-
-
-def round_of(ready, number, results):
+def round_of(cases, number, results):
     """One measurement per runtime and direction, in bits per second as the receiver saw them."""
-    for runtime, (name, address, namespace) in list(ready.items()):
-        try:
-            for direction, flag in (("out", []), ("in", ["-R"])):
-                rate = stream(name, address, f"{direction}{number}", flag)
-                note(f"network, {runtime}, {direction}: {rate / 1e9:.3f} Gbit/s")
-                results.setdefault(direction, {}).setdefault(runtime, []).append(rate)
-        except Failure as failure:
-            note(f"network, {runtime}: {failure}")
-            remove_all(name, namespace)
-            del ready[runtime]
+    for title, case in cases.items():
+        for direction, flag in (("out", []), ("in", ["-R"])):
+            try:
+                case.start()
+                rate = stream(case.name, case.address, f"{direction}{number}", flag)
+            except Failure as failure:
+                failed("network", f"{title} {direction}", failure)
+                case.stop()
+                continue
+            note(f"network, {title}, {direction}: {rate / 1e9:.3f} Gbit/s")
+            results.setdefault(direction, {}).setdefault(title, []).append(rate)
 
 
 def stream(name, address, exec_id, flag):
     """What one run of iperf3 measures."""
     server = subprocess.Popen(["iperf3", "-s", "-1", "-B", address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for_listener(address)
+        wait_for_listener(f"{address}:5201")
         text = inside(name, exec_id, "/tools/iperf3", "-J", "-c", address, "-t", str(SECONDS), *flag)
     finally:
         server.terminate()
@@ -92,16 +90,18 @@ def stream(name, address, exec_id, flag):
     return json.loads(text)["end"]["sum_received"]["bits_per_second"]
 
 
-def wait_for_listener(address):
-    """Until somebody listens on iperf3's port."""
+def wait_for_listener(place):
+    """Until somebody listens on an address and port."""
     for _ in range(300):
-        if f"{address}:5201" in command("ss", "-Htln"):
+        if f"{place} " in command("ss", "-Htln"):
             return
         time.sleep(0.05)
-    raise Failure(f"iperf3 does not listen on {address}:5201")
+    raise Failure(f"nobody listens on {place}")
 
 
-def close(ready):
+def close(cases):
     """Removes the containers and their networks."""
-    for name, _, namespace in ready.values():
-        remove_all(name, namespace)
+    for case in cases.values():
+        case.stop()
+        subprocess.run(["ip", "link", "del", case.namespace], capture_output=True)
+        command("ip", "netns", "del", case.namespace)

@@ -1,10 +1,11 @@
 """Pods through CRI: RunPodSandbox, CreateContainer and StartContainer by one crictl."""
 
+import contextlib
 import json
 import os
 import shutil
 
-from common import IMAGE, WORK, Failure, command, note, timed
+from common import IMAGE, WORK, Failure, command, failed, timed
 
 
 def prepared(runtimes):
@@ -18,7 +19,7 @@ def prepared(runtimes):
             pod(runtime, "warm")
             handlers.append(runtime)
         except Failure as failure:
-            note(f"pods, {runtime}: {failure}")
+            failed("pod_start", runtime, failure)
     return handlers
 
 
@@ -31,12 +32,22 @@ def pod(runtime, number):
         with open(f"{WORK}/{file}", "w") as out:
             json.dump(content, out)
     try:
-        return timed(
+        seconds = timed(
             lambda: command("crictl", "run", "--no-pull", "--runtime", runtime, f"{WORK}/container.json", f"{WORK}/pod.json")
         )
-    finally:
-        for sandbox_id in command("crictl", "pods", "-q", "--name", name).split():
-            away(sandbox_id)
+    except Failure:
+        # It says what was wrong; that the remains cannot be removed either does not.
+        with contextlib.suppress(Failure):
+            remove(name)
+        raise
+    remove(name)
+    return seconds
+
+
+def remove(name):
+    """Removes a pod."""
+    for sandbox_id in command("crictl", "pods", "-q", "--name", name).split():
+        away(sandbox_id)
 
 
 def away(sandbox_id):
@@ -53,4 +64,7 @@ def away(sandbox_id):
 def round_of(handlers, number, results):
     """One pod per runtime."""
     for runtime in handlers:
-        results.setdefault(runtime, []).append(pod(runtime, number))
+        try:
+            results.setdefault(runtime, []).append(pod(runtime, number))
+        except Failure as failure:
+            failed("pod_start", runtime, failure)

@@ -326,9 +326,9 @@ impl Server {
                 continue;
             }
             self.company = self.company.saturating_sub(1);
-            // SAFETY: transfer and backing are kept, on the heap, in `flying` until the ring has reported the
-            // token, and guest memory is held by the queue; `drain` waits for all tokens before either goes.
             let pushed = match &mut self.ring {
+                // SAFETY: transfer and backing are kept, on the heap, in `flying` until the ring has reported the
+                // token, and guest memory is held by the queue; `drain` waits for all tokens before either goes.
                 Some(ring) => unsafe { ring.push(&transfer, &backing, token as u64) }.is_ok(),
                 None => false,
             };
