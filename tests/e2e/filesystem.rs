@@ -4,7 +4,7 @@
 use kata_rs_tests::lists::{Explained, Place};
 use kata_rs_tests::{sh, unique};
 
-const EXPLAINED: [Explained; 3] = [
+const EXPLAINED: [Explained; 2] = [
     (
         "o_tmpfile_and_link",
         "FUSE_TMPFILE is not served: the guest's kernel says EOPNOTSUPP, and programs fall back to a name",
@@ -12,11 +12,6 @@ const EXPLAINED: [Explained; 3] = [
     (
         "link::link_count_max",
         "the suite leaves it out where pathconf(3) does not know the file system's LINK_MAX, as with every FUSE",
-    ),
-    (
-        "image_file_is_linked_and_renamed",
-        "overlayfs gives a file with several names in a layer, as all have in the test host, another number when it is \
-         copied up: the file server takes it for another file",
     ),
 ];
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
@@ -156,6 +156,30 @@ fn an_overlay_of_many_layers_is_mounted_where_nobody_sees_it() {
         mounts_of_this_process().matches("overlay").count(),
         "the overlay is seen by others"
     );
+}
+
+#[test]
+fn names_of_one_file_in_a_layer_stay_one_file() {
+    needs_root!();
+    let dir = Directory::new();
+    let overlay = layers(&dir, 1);
+    fs::hard_link(dir.path.join("lower0/same"), dir.path.join("lower0/second")).unwrap();
+    let step = || HostStep::Overlay {
+        share: "c1.rootfs".into(),
+        overlay: overlay.clone(),
+    };
+    let share = share_of(step());
+    let number = |name| fs::metadata(inside(&share, name)).unwrap().ino();
+    let before = number("same");
+    fs::write(inside(&share, "second"), "changed").unwrap();
+    fs::hard_link(inside(&share, "same"), inside(&share, "third")).unwrap();
+    for name in ["same", "second", "third"] {
+        assert_eq!(number(name), before, "{name}");
+        assert_eq!(fs::read_to_string(inside(&share, name)).unwrap(), "changed");
+    }
+    // While it is mounted there can be no second index; the file is there all the same.
+    let second = share_of(step());
+    assert_eq!(fs::read_to_string(inside(&second, "second")).unwrap(), "changed");
 }
 
 #[test]

@@ -19,7 +19,24 @@ use super::sys::{attr, clone_tree, in_private_namespace, set_attributes};
 const SCRATCH: &str = "/sys";
 
 /// Mounts an overlay, detached.
+///
+/// With an index of the files that have several names in a layer (overlayfs.rst, "Inodes index"), although containerd
+/// says `index=off`: without one the names part when one of them is changed, and the file's number with them, while
+/// the VMM's file server has taken them for one file. Where there can be no index (the file system has no handles, the
+/// upper directory is mounted elsewhere at this moment, or came from another place), the mount is as it was asked for.
 pub(super) fn mount_overlay(overlay: &Overlay) -> Result<OwnedFd, StorageError> {
+    if overlay.upper.is_some() {
+        let mut indexed = overlay.clone();
+        indexed.options.retain(|option| !option.starts_with("index="));
+        indexed.options.push("index=on".to_owned());
+        if let Ok(mount) = mount(&indexed) {
+            return Ok(mount);
+        }
+    }
+    mount(overlay)
+}
+
+fn mount(overlay: &Overlay) -> Result<OwnedFd, StorageError> {
     match mount_by_descriptor(overlay) {
         Err(Refusal::NotSupported) => mount_by_path(overlay),
         Err(Refusal::Failed(error)) => Err(error),
