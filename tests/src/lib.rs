@@ -190,13 +190,14 @@ pub struct LeakCheck(String);
 
 impl LeakCheck {
     /// Remembers what is there now. What the first container on a host makes and later ones use (unpacked images,
-    /// parent cgroups) is made before.
+    /// parent cgroups, the mount that named network namespaces lie in) is made before.
     #[track_caller]
     #[must_use]
     pub fn begin() -> Self {
         let _ = sh(&format!(
             "set -e; warm=/run/kata-rs-test-warm; [ ! -e $warm ] || exit 0; \
-             ctr run --rm --runtime {RUNTIME} {BUSYBOX} {} true; kata-rs run --rm {IMAGES}/busybox.oci.tar true; touch $warm",
+             ctr run --rm --runtime {RUNTIME} {BUSYBOX} {} true; kata-rs run --rm {IMAGES}/busybox.oci.tar true; \
+             ip netns add {0}; ip netns del {0}; touch $warm",
             unique("warm")
         ))
         .ok();
