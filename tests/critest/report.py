@@ -26,6 +26,11 @@ def reasons():
     return [(entry["spec"], entry.get("handlers"), entry["why"]) for entry in entries]
 
 
+def reasons_of_skips():
+    """Beginning of the suite's words: reason."""
+    return {entry["words"]: entry["why"] for entry in tomllib.loads(REASONS.read_text())["skip"]}
+
+
 def reason_for(known, spec, handler):
     return next((why for start, handlers, why in known if spec.startswith(start) and (handlers is None or handler in handlers)), None)
 
@@ -89,7 +94,7 @@ def page(runs):
     # runc is there to compare with.
     runs = sorted(runs, key=lambda run: (run["handler"] == "runc", run["containerd"], run["handler"]))
     text = HEAD.format(version=CRITEST) + summary(runs) + "## By group\n\n" + groups(runs)
-    failures, skips, unexplained = {}, collections.defaultdict(set), []
+    failures, skips, unexplained = {}, {}, []
     for run in runs:
         for spec in run["specs"]:
             if spec["state"] in BAD:
@@ -99,7 +104,8 @@ def page(runs):
                     why = f"**not explained**: {spec['message'].strip().splitlines()[0][:300] if spec['message'].strip() else spec['state']}"
                 failures.setdefault((spec["spec"], why), []).append(title(run))
             elif spec["state"] == "skipped":
-                skips[spec["message"] or "skipped without a word"].add(spec["spec"])
+                of = skips.setdefault(spec["message"] or "skipped without a word", collections.defaultdict(set))
+                of[title(run)].add(spec["spec"])
     text += "## What did not pass\n\n"
     if failures:
         text += table(["spec", "with", "why"], [[cell(spec), ("all runs" if len(where) == len(runs) else cell("; ".join(where))), cell(why)] for (spec, why), where in sorted(failures.items())])
@@ -109,5 +115,13 @@ def page(runs):
     if unsteady:
         text += "## What differed between runs\n\n" + table(["spec", "with", "in each run, the last one at the end"], unsteady)
     text += "## What was skipped\n\nBy the suite itself, with these words:\n\n"
-    text += table(["the suite's words", "specs"], [[cell(message), cell("; ".join(sorted(specs)))] for message, specs in sorted(skips.items())])
+    rows = []
+    for message, of in sorted(skips.items()):
+        why = next((why for words, why in reasons_of_skips().items() if message.startswith(words)), None)
+        if why is None:
+            unexplained.append(f"skipped, {'; '.join(of)}: {message}")
+        where = "all runs" if len(of) == len(runs) else "; ".join(of)
+        specs = sorted(set().union(*of.values()))
+        rows.append([cell(message), cell(where), cell(why or "**not explained**"), cell("; ".join(specs))])
+    text += table(["the suite's words", "with", "why", "specs"], rows)
     return text.rstrip() + "\n", unexplained
