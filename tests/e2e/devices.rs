@@ -1,6 +1,6 @@
 //! Block devices of the host in containers, devices that no guest has, and huge pages.
 
-use kata_rs_tests::{BUSYBOX, LeakCheck, RUNTIME, sh, unique};
+use kata_rs_tests::{BUSYBOX, DEBIAN, LeakCheck, RUNTIME, sh, unique};
 
 /// A loop device on a file of the host, gone with the test.
 struct Loop {
@@ -54,6 +54,30 @@ fn a_block_device_of_the_host_is_the_containers_disk() {
     assert_eq!(host.ok(), "written");
     drop(disk);
     leaks.nothing_left();
+}
+
+#[test]
+fn a_disk_keeps_to_its_limit() {
+    const PER_SECOND: f64 = 20.0;
+    const WRITES: f64 = 100.0;
+    let disk = Loop::new();
+    let (device, config) = (&disk.device, format!("{}.toml", disk.file));
+    // Requests that the disk has completed and the time, both as the guest counts them, before and after.
+    let outcome = sh(&format!(
+        "set -e; echo 'block_limit = {{ operations_per_s = {PER_SECOND} }}' > {config}; trap 'rm {config}' EXIT
+         ctr run --rm --runtime {RUNTIME} --runtime-config-path {config} --device {device} {DEBIAN} {} sh -c \
+         'set -e; counters=/sys/dev/block/$(mountpoint -x {device})/stat
+          now() {{ read reads b c d writes e < $counters; read uptime f < /proc/uptime; echo $((reads + writes)) $uptime; }}
+          now; dd if=/dev/zero of={device} bs=4k count={WRITES} oflag=direct; now'",
+        unique("t")
+    ));
+    let numbers = outcome.ok().split_whitespace().map(|word| word.parse().unwrap());
+    let numbers: Vec<f64> = numbers.collect();
+    let (passed, elapsed) = (numbers[2] - numbers[0], numbers[3] - numbers[1]);
+    // A second's worth was saved up.
+    let most = PER_SECOND * (elapsed + 1.0) + 5.0;
+    assert!(passed <= most, "{passed} requests in {elapsed} s, at most {most}");
+    assert!(passed >= WRITES, "only {passed} requests");
 }
 
 #[test]
