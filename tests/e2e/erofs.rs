@@ -165,9 +165,10 @@ fn slots_serve_one_container_after_another_and_the_key_is_named_when_they_are_al
 #[test]
 fn a_layer_that_is_cut_off_or_no_file_system_is_named() {
     let _containerd = Containerd::start("");
+    // The image's only layer was the first that the test host unpacked.
     let outcome = sh(&format!(
         "id={0}; ctr c create --runtime {RUNTIME} --snapshotter erofs {BUSYBOX} $id true; \
-         layer=$(ls {SNAPSHOTS}/*/layer.erofs | head -1); cp $layer /run/layer.saved; \
+         layer=$(ls -v {SNAPSHOTS}/*/layer.erofs | head -1); cp $layer /run/layer.saved; \
          truncate -s 8192 $layer; ctr task start $id; \
          head -c 8192 /dev/zero > $layer; ctr task start $id; \
          cat /run/layer.saved > $layer; rm /run/layer.saved; ctr task start $id; echo status $?; ctr c rm $id",

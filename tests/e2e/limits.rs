@@ -87,7 +87,7 @@ fn a_fork_bomb_stops_at_the_pids_limit() {
     );
     let bomb = exec(
         "bomb",
-        "i=0; while [ $i -lt 100 ]; do sleep 3 & i=$((i+1)); done; wait",
+        "i=0; while [ $i -lt 100 ]; do sleep 15 & i=$((i+1)); done; wait",
     );
     let alive = exec("alive", "echo alive");
     let _ = sh(&format!(
@@ -115,6 +115,9 @@ fn network_interfaces_keep_to_their_limits_in_both_directions() {
         "set -e; ip netns add {name}; ip -n {name} link add eth0 type veth peer name {name}
          ip -n {name} link set {name} netns 1; ip addr add 10.99.7.1/24 dev {name}; ip link set {name} up
          ip -n {name} addr add 10.99.7.2/24 dev eth0; ip -n {name} link set eth0 up
+         # A question who has an address would wait behind what is held back of the flood before.
+         ip -n {name} neigh add 10.99.7.1 lladdr $(cat /sys/class/net/{name}/address) dev eth0
+         ip neigh add 10.99.7.2 lladdr $(ip netns exec {name} cat /sys/class/net/eth0/address) dev {name}
          echo 'net_rx_limit = {{ operations_per_s = 50 }}' > /tmp/{name}.toml
          echo 'net_tx_limit = {{ operations_per_s = 50, bytes_per_s = 1000000000 }}' >> /tmp/{name}.toml"
     ))
