@@ -27,7 +27,8 @@ use crate::spec::SandboxSpec;
 
 /// For calls that change or read something small in the guest.
 const SHORT: Duration = Duration::from_secs(10);
-/// For calls that mount, unmount, execute or wait for a process to die.
+/// For calls that mount, unmount, execute or wait for a process to die, and for what a guest is told at first: on a host
+/// where many pods start at once all of them wait for a CPU.
 const LONG: Duration = Duration::from_secs(60);
 /// Full name of [`Failure`], as `Any` has it after the last slash.
 const FAILURE: &str = "kata_rs.agent.v1.Failure";
@@ -138,7 +139,7 @@ impl Agent {
             ..Default::default()
         };
         let call = self.client.configure_sandbox(Context::default(), &request);
-        self.call(SHORT, || "preparing the guest".to_owned(), call)
+        self.call(LONG, || "preparing the guest".to_owned(), call)
             .await
             .map(drop)
     }
@@ -155,7 +156,7 @@ impl Agent {
     pub async fn events(&self) -> Result<ClientStreamReceiver<Event>, Error> {
         let request = Empty::new();
         let call = self.client.events(Context::default(), &request);
-        self.call(SHORT, || "listening to the guest's events".to_owned(), call)
+        self.call(LONG, || "listening to the guest's events".to_owned(), call)
             .await
     }
 
@@ -219,7 +220,7 @@ impl Agent {
             ..Default::default()
         };
         let call = self.client.signal_process(Context::default(), &request);
-        self.call(SHORT, || format!("sending signal {signal} to {process}"), call)
+        self.call(LONG, || format!("sending signal {signal} to {process}"), call)
             .await
             .map(drop)
     }
