@@ -165,10 +165,12 @@ fn slots_serve_one_container_after_another_and_the_key_is_named_when_they_are_al
 #[test]
 fn a_layer_that_is_cut_off_or_no_file_system_is_named() {
     let _containerd = Containerd::start("");
-    // The image's only layer was the first that the test host unpacked.
+    // The layer's file is the one that the image's VM has open: other suites may have unpacked other images before.
     let outcome = sh(&format!(
-        "id={0}; ctr c create --runtime {RUNTIME} --snapshotter erofs {BUSYBOX} $id true; \
-         layer=$(ls -v {SNAPSHOTS}/*/layer.erofs | head -1); cp $layer /run/layer.saved; \
+        "id={0}; ctr run -d --runtime {RUNTIME} --snapshotter erofs {BUSYBOX} $id-first sleep 600; \
+         layer=$(readlink /proc/[0-9]*/fd/* | grep -o -m 1 '/snapshots/[0-9]*/layer.erofs'); layer=$(dirname {SNAPSHOTS})$layer; \
+         ctr task delete -f $id-first; ctr c rm $id-first; \
+         ctr c create --runtime {RUNTIME} --snapshotter erofs {BUSYBOX} $id true; cp $layer /run/layer.saved; \
          truncate -s 8192 $layer; ctr task start $id; \
          head -c 8192 /dev/zero > $layer; ctr task start $id; \
          cat /run/layer.saved > $layer; rm /run/layer.saved; ctr task start $id; echo status $?; ctr c rm $id",
