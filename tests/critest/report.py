@@ -31,6 +31,11 @@ def reasons_of_skips():
     return {entry["words"]: entry["why"] for entry in tomllib.loads(REASONS.read_text())["skip"]}
 
 
+def reasons_of_what_is_left():
+    """Beginning of the leak checker's words: reason."""
+    return {entry["words"]: entry["why"] for entry in tomllib.loads(REASONS.read_text())["left"]}
+
+
 def reason_for(known, spec, handler):
     return next((why for start, handlers, why in known if spec.startswith(start) and (handlers is None or handler in handlers)), None)
 
@@ -62,7 +67,7 @@ def summary(runs):
     for run in runs:
         count = collections.Counter("failed" if s["state"] in BAD else s["state"] for s in run["specs"])
         ran = count["passed"] + count["failed"]
-        left = "not looked" if run["left"] is None else "nothing" if not run["left"] else cell("; ".join(run["left"][:5]))
+        left = "not looked" if run["left"] is None else "nothing" if not run["left"] else f"{len(run['left'])}, below"
         origins = sorted({f"{s['commit']}, {s['date']}" for s in run["specs"]})
         minutes = round(sum(s["seconds"] for s in run["specs"]) / 60)
         times, unsteady = 1 + len(run.get("before", [])), len(differing(run))
@@ -124,4 +129,13 @@ def page(runs):
         specs = sorted(set().union(*of.values()))
         rows.append([cell(message), cell(where), cell(why or "**not explained**"), cell("; ".join(specs))])
     text += table(["the suite's words", "with", "why", "specs"], rows)
+    rows = []
+    for run in runs:
+        for words in run["left"] or []:
+            why = next((why for start, why in reasons_of_what_is_left().items() if words.startswith(start)), None)
+            if why is None:
+                unexplained.append(f"left behind, {title(run)}: {words}")
+            rows.append([cell(words), title(run), cell(why or "**not explained**")])
+    if rows:
+        text += "## What was left behind\n\nFound by the leak checker when a run was over.\n\n" + table(["what", "with", "why"], rows)
     return text.rstrip() + "\n", unexplained
