@@ -14,10 +14,10 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 use ttrpc::r#async::Server;
-use ttrpc::r#async::transport::Listener;
 
 use crate::arguments::Arguments;
 use crate::bootstrap::{OPTIONS_ENV, TTRPC_ADDRESS_ENV};
+use crate::callers::Callers;
 use crate::options::RuntimeOptions;
 use crate::pod::Pod;
 use crate::publisher::Publisher;
@@ -26,7 +26,7 @@ use crate::sandbox_api::SandboxService;
 use crate::task::TaskService;
 use crate::{log, socket};
 
-/// How long the last answers may take to reach their callers.
+/// How long the last answers may take to reach their callers, and those to hang up then.
 const LAST_ANSWERS_LIMIT: Duration = Duration::from_secs(1);
 
 /// Why the shim cannot serve.
@@ -115,7 +115,7 @@ async fn run(
 
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| failed(&error))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| failed(&error))?;
-    let listener = Listener::try_from(listener).map_err(|error| failed(&error))?;
+    let (listener, callers) = Callers::of(listener).map_err(|error| failed(&error))?;
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(TaskService::new(Arc::clone(&pod), socket.clone()).services())
@@ -123,17 +123,25 @@ async fn run(
     server.start().await.map_err(|error| failed(&error))?;
 
     // A signal means it: the containers end, their waiters and containerd are told, nothing is left.
-    tokio::select! {
-        () = pod.done() => {}
-        _ = terminate.recv() => info!("SIGTERM: ending the pod"),
-        _ = interrupt.recv() => info!("SIGINT: ending the pod"),
-    }
+    let asked = tokio::select! {
+        () = pod.done() => true,
+        _ = terminate.recv() => { info!("SIGTERM: ending the pod"); false }
+        _ = interrupt.recv() => { info!("SIGINT: ending the pod"); false }
+    };
     // From here on a `start` for the same pod makes a shim of its own.
     if let Err(error) = std::fs::remove_file(&socket) {
         warn!(%error, "cannot remove the socket");
     }
     server.stop_listen().await;
     pod.close().await;
+    // Who has asked for the end hangs up when it has its answer. To those that have not, this end is the news.
+    if asked
+        && tokio::time::timeout(LAST_ANSWERS_LIMIT, callers.gone())
+            .await
+            .is_err()
+    {
+        info!("leaving while a caller is connected");
+    }
     // Waits for the answer to Shutdown, too.
     if tokio::time::timeout(LAST_ANSWERS_LIMIT, server.shutdown())
         .await

@@ -11,6 +11,7 @@
 
 mod arguments;
 mod bootstrap;
+mod callers;
 mod cleanup;
 mod convert;
 mod cri;
