@@ -109,6 +109,12 @@ mod tests {
 
     use super::*;
 
+    /// Returns when so many connections are open.
+    async fn open(callers: &Callers, number: usize) {
+        let mut count = callers.0.subscribe();
+        count.wait_for(|open| *open == number).await.unwrap();
+    }
+
     #[tokio::test]
     async fn callers_are_gone_when_the_last_has_hung_up() {
         let dir = tempfile::tempdir().unwrap();
@@ -119,21 +125,9 @@ mod tests {
         server.start().await.unwrap();
         let one = UnixStream::connect(&path).await.unwrap();
         let other = UnixStream::connect(&path).await.unwrap();
-        let connected = callers
-            .0
-            .subscribe()
-            .wait_for(|open| *open == 2)
-            .await
-            .map(|_| ());
-        connected.unwrap();
+        open(&callers, 2).await;
         drop(one);
-        let left = callers
-            .0
-            .subscribe()
-            .wait_for(|open| *open == 1)
-            .await
-            .map(|_| ());
-        left.unwrap();
+        open(&callers, 1).await;
         assert!(callers.gone().now_or_never().is_none());
         drop(other);
         callers.gone().await;
