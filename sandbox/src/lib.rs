@@ -49,7 +49,7 @@ pub use config::Config;
 pub use error::{Error, ErrorKind};
 pub use events::{Event, Events};
 pub use protocol::agent::{ContainerStatsResponse, container_stats_response};
-pub use protocol::channel;
+pub use protocol::{capabilities, channel};
 pub use sandbox::Sandbox;
 pub use sizing::{Size, Sizing};
 pub use spec::{Netns, SandboxSpec};

@@ -3,7 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -23,6 +23,7 @@ use containerd_shim_protos::types::introspection::RuntimeInfo;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use ttrpc::Code;
 use ttrpc::r#async::transport::Socket;
@@ -370,6 +371,27 @@ async fn delete_asks_a_shim_that_answers_and_it_leaves_when_idle() {
     // It had no container: the question whether it may go was answered by going.
     shim.gone();
     assert_eq!(host.sockets(), 0);
+}
+
+#[tokio::test]
+async fn a_shim_waits_for_its_callers_to_hang_up_but_not_for_ever() {
+    let host = Host::new();
+    let path = host.bundle("c1", None).join("log");
+    rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    // Open for writing too: reading then never meets the end of the file.
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let mut log = fs::File::from(rustix::fs::open(&path, flags, Mode::empty()).unwrap());
+    let shim = Shim::connect(&address(&host.start("c1"))).await;
+    shim.client
+        .shutdown(context(), &ShutdownRequest::default())
+        .await
+        .unwrap();
+    // This caller has its answer and stays.
+    shim.gone();
+    let mut text = vec![0; 64 << 10];
+    let length = log.read(&mut text).unwrap();
+    let text = String::from_utf8_lossy(&text[..length]);
+    assert!(text.contains("leaving while a caller is connected"), "{text}");
 }
 
 #[tokio::test]
