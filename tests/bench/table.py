@@ -157,7 +157,8 @@ The host's end is the other end of the container's veth pair. Median of all roun
 
 fio (psync, one job) reads each block of a file of 16 MiB in the image's layer once, in a fresh container. On overlayfs and erofs the host
 has the file in its cache, so this is the cost of the way, not of a disk; on devmapper each container's device has a cache of its own,
-which is empty.
+which is empty. With kata-rs such a read is a request to a device, one at a time: two exits from the guest and a change of threads
+([architecture.md](architecture.md), "What a request costs"), where runc's is a system call.
 
 | runtime | root file system | reads/s | mean latency, µs | reads/s / runc |
 |---|---|---|---|---|""")
