@@ -1,6 +1,7 @@
 """docs/conformance.md, from what runs of the CRI conformance suite found and the reasons in reasons.toml."""
 
 import collections
+import fnmatch
 import pathlib
 import tomllib
 
@@ -32,7 +33,7 @@ def reasons_of_skips():
 
 
 def reasons_of_what_is_left():
-    """Beginning of the leak checker's words: reason."""
+    """The leak checker's words, as a pattern: reason."""
     return {entry["words"]: entry["why"] for entry in tomllib.loads(REASONS.read_text())["left"]}
 
 
@@ -132,7 +133,7 @@ def page(runs):
     rows = []
     for run in runs:
         for words in run["left"] or []:
-            why = next((why for start, why in reasons_of_what_is_left().items() if words.startswith(start)), None)
+            why = next((why for pattern, why in reasons_of_what_is_left().items() if fnmatch.fnmatchcase(words, pattern)), None)
             if why is None:
                 unexplained.append(f"left behind, {title(run)}: {words}")
             rows.append([cell(words), title(run), cell(why or "**not explained**")])
