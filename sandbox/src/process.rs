@@ -7,7 +7,7 @@ use protocol::agent::CreateExecRequest;
 
 use crate::agent::Agent;
 use crate::api::{Deleted, ExecRequest, Exit, ProcessId, Status, Stdio};
-use crate::container::{KILLED, Process, Stage};
+use crate::container::{KILLED, Phase, Process, Stage};
 use crate::create::drain;
 use crate::error::{Error, ErrorKind};
 use crate::events::Event;
@@ -283,6 +283,10 @@ pub(crate) async fn delete_exec(pod: Arc<Pod>, process: ProcessId) -> Result<Del
 pub(crate) async fn signal(pod: &Pod, process: &ProcessId, signal: u32, all: bool) -> Result<(), Error> {
     let in_guest = {
         let mut containers = pod.containers();
+        if containers.get(&process.container_id)?.phase == Phase::Deleting {
+            // Only what has ended is deleted, and to who meant to end it that is as good.
+            return Err(Error::Finished(process.clone()));
+        }
         containers.made("signal", &process.container_id)?;
         let (container, target) = containers.process(process)?;
         match target.stage {

@@ -257,3 +257,22 @@ pub async fn a_container_in_the_making_is_not_known_yet(place: &Place) {
     sandbox.shutdown().await;
     assert!(making.await.unwrap().is_err());
 }
+
+pub async fn a_container_that_is_being_deleted_has_ended_for_who_signals_it(place: &Place) {
+    let (sandbox, _events) = place.start("ordinary");
+    let init = ProcessId::init("c");
+    place.running(&sandbox, "c", "runs").await;
+    sandbox.signal(&init, 15, false).await.unwrap();
+    sandbox.wait(&init).await.unwrap();
+    let deleting = tokio::spawn({
+        let (sandbox, init) = (sandbox.clone(), init.clone());
+        async move { sandbox.delete(&init).await }
+    });
+    // Before, meanwhile and afterwards.
+    while !deleting.is_finished() {
+        let late = sandbox.signal(&init, 9, true).await.unwrap_err();
+        assert_eq!(late.kind(), ErrorKind::NotFound, "{late}");
+        tokio::task::yield_now().await;
+    }
+    deleting.await.unwrap().unwrap();
+}

@@ -47,6 +47,7 @@ tests! {
         a_paused_container_takes_no_exec,
         execs_are_told_apart,
         a_container_in_the_making_is_not_known_yet,
+        a_container_that_is_being_deleted_has_ended_for_who_signals_it,
     ],
     sizes: [
         a_vm_grows_before_its_container_and_shrinks_after_it,
