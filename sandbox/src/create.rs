@@ -321,6 +321,7 @@ async fn detach(pod: &Pod, id: &str, attached: &Attached) {
 
 /// Deletes a container that is not running, with all its execs.
 pub(crate) async fn delete(pod: Arc<Pod>, id: String) -> Result<Deleted, Error> {
+    wait_deleted(&pod, &id).await?;
     let process = ProcessId::init(&id);
     let (in_guest, ios, tokens) = {
         let mut containers = pod.containers();
@@ -385,6 +386,21 @@ pub(crate) async fn delete(pod: Arc<Pod>, id: String) -> Result<Deleted, Error> 
     let pid = containers.remove(&id).map_or(0, |container| container.init.pid);
     containers.send(Event::Deleted { process, pid, exit });
     Ok(Deleted { pid, exit })
+}
+
+/// Waits for the end of a deletion that is under way, after which there is no such container.
+pub(crate) async fn wait_deleted(pod: &Pod, id: &str) -> Result<(), Error> {
+    let mut init = {
+        let containers = pod.containers();
+        let container = containers.get(id)?;
+        if container.phase != Phase::Deleting {
+            return Ok(());
+        }
+        container.init.waiter()
+    };
+    // What tells of its init's exit goes with the container.
+    while init.changed().await.is_ok() {}
+    Err(Error::NoContainer(id.to_owned()))
 }
 
 /// Waits until what the processes wrote has reached its readers, up to a limit.

@@ -8,7 +8,7 @@ use protocol::agent::CreateExecRequest;
 use crate::agent::Agent;
 use crate::api::{Deleted, ExecRequest, Exit, ProcessId, Status, Stdio};
 use crate::container::{KILLED, Phase, Process, Stage};
-use crate::create::drain;
+use crate::create::{drain, wait_deleted};
 use crate::error::{Error, ErrorKind};
 use crate::events::Event;
 use crate::io::Io;
@@ -222,6 +222,7 @@ async fn create_and_start(
 
 /// Deletes an exec that has exited or was never started.
 pub(crate) async fn delete_exec(pod: Arc<Pod>, process: ProcessId) -> Result<Deleted, Error> {
+    wait_deleted(&pod, &process.container_id).await?;
     let io = {
         let mut containers = pod.containers();
         let container = containers.made("delete a process of", &process.container_id)?;

@@ -276,3 +276,25 @@ pub async fn a_container_that_is_being_deleted_has_ended_for_who_signals_it(plac
     }
     deleting.await.unwrap().unwrap();
 }
+
+pub async fn who_deletes_a_container_second_waits_for_the_first(place: &Place) {
+    let (sandbox, _events) = place.start("ordinary");
+    let (init, other) = (ProcessId::init("c"), ProcessId::exec("c", "e"));
+    place.running(&sandbox, "c", "runs").await;
+    sandbox.create_exec(exec("c", "e", "runs")).await.unwrap();
+    sandbox.signal(&init, 15, false).await.unwrap();
+    sandbox.wait(&init).await.unwrap();
+    let delete = async |process: &ProcessId| match sandbox.delete(process).await {
+        Ok(_) => true,
+        Err(late) => {
+            assert_eq!(late.kind(), ErrorKind::NotFound, "{late}");
+            assert!(
+                sandbox.state(&init).await.is_err(),
+                "{late}, while it is still there"
+            );
+            false
+        }
+    };
+    let (one, another, _) = tokio::join!(delete(&init), delete(&init), delete(&other));
+    assert!(one != another, "one of them deleted it");
+}

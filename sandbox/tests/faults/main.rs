@@ -48,6 +48,7 @@ tests! {
         execs_are_told_apart,
         a_container_in_the_making_is_not_known_yet,
         a_container_that_is_being_deleted_has_ended_for_who_signals_it,
+        who_deletes_a_container_second_waits_for_the_first,
     ],
     sizes: [
         a_vm_grows_before_its_container_and_shrinks_after_it,
