@@ -285,7 +285,7 @@ pub(crate) async fn signal(pod: &Pod, process: &ProcessId, signal: u32, all: boo
     let in_guest = {
         let mut containers = pod.containers();
         if containers.get(&process.container_id)?.phase == Phase::Deleting {
-            // Only what has ended is deleted, and to who meant to end it that is as good.
+            // What is deleted has ended, or does so by that: to who meant to end it that is as good.
             return Err(Error::Finished(process.clone()));
         }
         containers.made("signal", &process.container_id)?;
